@@ -1,0 +1,273 @@
+/* layout.h: what lies in shared memory. Normative; nothing else defines a shared byte.
+ *
+ * CONTRACT
+ *   An arena is one control segment and up to SHMC_SEGMENT_COUNT live data segments, all POSIX shared memory:
+ *       /shmcast.<namespace>.<arena id, 16 hex digits>.<n>        n = 0 control; n = 1, 2, ... data, never used twice
+ *   Data segments hold nothing but payload. Everything that processes must agree on is in the control segment,
+ *   and everything that only the owner needs (free lists, deadlines, who aliases what) is in the owner's private
+ *   memory, where no other process can corrupt it and no crash leaves it half written.
+ *   All integers are little-endian and naturally aligned; offsets, never pointers. Only C touches these bytes.
+ *
+ * GLOSSARY
+ *   owner        the one process that publishes into the arena; peer 0
+ *   peer         a process that has joined; it holds an OFD write lock on byte p of the control segment for life
+ *   incarnation  how often byte p was taken or swept; raised before anything is scrubbed, so that whoever names a
+ *                peer can tell by reading it twice that the peer is still the same process
+ *   token        random 64-bit name of a process, the same in every arena that it joins; new after fork
+ *   slot         one published block: a word of claims and a record
+ *   hold         peer p reads the block (bit p)          grant   peer p may still attach (bit 32 + p)
+ *   T            anonymous claim: the first n processes that attach, whoever they are
+ *   L            the owner as trustee until a deadline: somebody will attach who can not be named by a bit
+ *   X            a pass-on has touched the word since the owner last looked; not a claim
+ *   generation   arena-wide publish sequence number; 64 bits, never wraps; a handle names (slot, generation)
+ *
+ * THE CONTROL SEGMENT
+ *
+ *        0 +---------------------------------------------------------------+
+ *          | header: magic, format, sizes, identity           constant     |
+ *      128 |         state                                    owner/sweeper|
+ *      192 |         release notice (futex)                   everybody    |
+ *     1024 |         metrics block                            owner        |
+ *     4096 +---------------------------------------------------------------+
+ *          | peers[32]     256 bytes each; 31 used            each its own |
+ *    12288 +---------------------------------------------------------------+
+ *          | segments[256]  32 bytes each                     owner; marks |
+ *    20480 +---------------------------------------------------------------+
+ *          | words[slot_count]    8 bytes each                everybody    |
+ *          +---------------------------------------------------------------+
+ *          | records[slot_count] 64 bytes each                owner; took  |
+ *          +---------------------------------------------------------------+
+ *   words are apart from records so that the owner finds what became free by reading 8 bytes a slot.
+ *   One page of the file, mapped once more through the descriptor that took the lock and marked MADV_DONTFORK, is
+ *   what keeps a peer's lock alive: it lives exactly as long as that address space.
+ *
+ * THE LIFE OF A SLOT           every arrow is one atomic read-modify-write of the word; [role] may take it
+ *
+ *                     publish [owner]: exchange, once the payload and the record are written
+ *      FREE ------------------------------------------------------------------> CLAIMED
+ *   claims == 0                                                                claims != 0
+ *       ^                                                                        |   ^
+ *       |   release [holder]      clear own hold                                 |   | attach  [any peer] set own hold
+ *       |   took    [attacher]    clear T when n have taken                      |   |         then read the generation
+ *       |   consume [attacher]    clear own grant, only after the hold is set    |   |         again, undo if it differs
+ *       |   revoke  [owner]       clear unclaimed grants, T, L past a deadline   |   | pass on [holder] set grant|X (|L)
+ *       |   scrub   [who has the dead peer's byte] clear that peer's bits        |   | keep    [owner] set own hold
+ *       +------------------------------------------------------------------------+   +--- stays CLAIMED
+ *   claims == 0 can be left by the owner alone, so finding it once is enough to reuse the memory: no barrier.
+ *   An attach sets its hold only by compare-and-swap on a word that has claims: it can never revive a free slot.
+ *   Hold first, consume second, everywhere: a death in between over-counts, and the scrub ends that.
+ *
+ * THE LIFE OF A PEER'S BYTE
+ *      free --[joiner: lock, incarnation+1, scrub own bits, write record, ready=incarnation]--> joined
+ *      joined --[leaver: ready=0, scrub own bits, unmap the lock page]--> free
+ *      joined --[death: the kernel drops the lock]--> free --[sweeper: lock, incarnation+1, scrub, unlock]--> free
+ *
+ * THE LIFE OF AN ARENA
+ *      create: open exclusively; lock byte 0; the name is still this inode; reserve; header; magic last
+ *      end   : (closing owner, or sweeper that has locked byte 0 and found the name still this inode)
+ *              state = ENDED; unlink data segments; unlink control last
+ */
+#ifndef SHMC_LAYOUT_H
+#define SHMC_LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "atomics.h"
+
+#define SHMC_MAGIC 0x31747361636d6873ull /* "shmcast1" */
+#define SHMC_FORMAT 1u                   /* raised with every change of what the bytes below mean */
+
+enum {
+    SHMC_PAGE_BYTES = 4096,
+    SHMC_BLOCK_ALIGN_BYTES = 64, /* payload alignment: one cache line, one AVX-512 store */
+    SHMC_PEER_COUNT = 31,        /* the owner included: bits 0..30 */
+    SHMC_SEGMENT_COUNT = 256,    /* live data segments */
+    SHMC_SLOT_COUNT_MAX = 1 << 20,
+    SHMC_COMMAND_BYTES = 96,
+};
+
+/* ---- the slot word -------------------------------------------------------------------------------------------- */
+
+#define SHMC_HOLD(p) (UINT64_C(1) << (p))          /* p = 0..30 */
+#define SHMC_GRANT(p) (UINT64_C(1) << (32u + (p))) /* p = 1..30 */
+#define SHMC_T (UINT64_C(1) << 31)
+#define SHMC_L (UINT64_C(1) << 32) /* the place of the owner's grant bit: the owner never needs one */
+#define SHMC_X (UINT64_C(1) << 63)
+#define SHMC_CLAIMS (~SHMC_X)
+#define SHMC_HOLDS UINT64_C(0x7fffffff)
+#define SHMC_GRANTS (UINT64_C(0x7ffffffe) << 32)
+
+/* ---- header --------------------------------------------------------------------------------------------------- */
+
+enum shmc_arena_state { SHMC_ARENA_OPEN = 1, SHMC_ARENA_ENDED = 2 };
+
+struct shmc_header {
+    /* constant once magic is set; written by the creator */
+    shmc_atomic_u64 magic;     /* 0 until the segment is ready; store-release, pairs with the load-acquire of openers */
+    uint32_t format;           /* SHMC_FORMAT */
+    uint32_t record_bytes;     /* sizeof(struct shmc_record): a build with other structs refuses even at equal format */
+    uint64_t control_bytes;    /* length of the control segment */
+    uint64_t arena_id;         /* the id in the name */
+    uint64_t nonce[2];         /* random: proves that two processes look at the same memory */
+    uint64_t host;             /* hash of the kernel's boot id; for handles that stray to another host */
+    uint64_t created_ns;       /* CLOCK_REALTIME, ns; for people */
+    uint64_t max_bytes;        /* bound on the sum of live data segments, bytes */
+    uint32_t slot_count;
+    uint32_t peer_count;       /* SHMC_PEER_COUNT */
+    uint32_t segment_count;    /* SHMC_SEGMENT_COUNT */
+    uint32_t _reserved0[11];
+
+    /* 128: written by the owner, or by the sweeper that has taken byte 0 */
+    shmc_atomic_u32 state;     /* enum shmc_arena_state; store-release, pairs with the load-acquire in attach and join */
+    uint32_t _reserved1[15];
+
+    /* 192: a hint, never the truth: the owner waits here when it is out of space */
+    shmc_atomic_u32 freed;     /* +1 by whoever clears a word's last claim while `waiting` is set; futex word */
+    shmc_atomic_u32 waiting;   /* 1 while the owner waits */
+    uint32_t _reserved2[14];
+
+    uint8_t _reserved3[768];
+
+    /* 1024: the metrics block; written by the owner (relaxed stores of 64-bit words), read by anybody, never trusted.
+     * Words 0..7 are set today (enum shmc_metric); the rest is zero until a metric is given a place there. */
+    shmc_atomic_u64 metrics[384];
+};
+
+enum shmc_metric {
+    SHMC_METRIC_RESERVED_BYTES,      /* live data segments */
+    SHMC_METRIC_USED_BYTES,          /* blocks that the owner has not found free yet */
+    SHMC_METRIC_PEAK_USED_BYTES,
+    SHMC_METRIC_PUBLISHED,           /* blocks ever published */
+    SHMC_METRIC_PUBLISHED_BYTES,
+    SHMC_METRIC_GROWN,               /* data segments ever added */
+    SHMC_METRIC_REVOKED,             /* slots whose claims were revoked past their deadline */
+    SHMC_METRIC_SWEPT,               /* dead peers scrubbed by the owner */
+    SHMC_METRIC_COUNT,
+};
+
+/* ---- peers ---------------------------------------------------------------------------------------------------- */
+
+struct shmc_peer_record {
+    shmc_atomic_u32 incarnation; /* +1 by who has the byte, first thing; pairs with the two loads of publish and pass_on */
+    shmc_atomic_u32 ready;       /* == incarnation once the rest is valid, 0 after leave; store-release by the joiner */
+    shmc_atomic_u64 token;       /* process token */
+    uint32_t pid;                /* in the joiner's pid namespace; for people, as are the next two */
+    uint32_t _reserved0;
+    uint64_t start_ticks;        /* start time, clock ticks since boot (field 22 of /proc/self/stat) */
+    char command[SHMC_COMMAND_BYTES]; /* NUL-terminated, cut */
+
+    /* 128: a line of its own, written by peer p alone. The ranks of a group agree through these words without a
+     * collective: `step` counts the messages that this rank has taken in, and `failed_step` is the last step at which
+     * it could not map what a message named (0: never). A reader that has seen step >= s (acquire) sees
+     * failed_step for s as well. */
+    shmc_atomic_u64 step;
+    shmc_atomic_u64 failed_step;
+    uint64_t _reserved1[14];
+};
+
+/* ---- data segments -------------------------------------------------------------------------------------------- */
+
+/* `mark` is one word, so that marking pages as pinned and retiring the segment can not both succeed:
+ * bit p: peer p has registered pages of the segment with a GPU driver (set by p, cleared by p or by the scrub);
+ * SHMC_SEGMENT_RETIRED: no block will ever lie here again (set by the owner by compare-and-swap from 0, after which
+ * the pages are punched and the name is unlinked; pinned pages are never punched). */
+#define SHMC_SEGMENT_RETIRED (UINT64_C(1) << 63)
+
+struct shmc_segment_record {
+    shmc_atomic_u32 number; /* n in the name; 0: this record is unused. Store-release by the owner, after the rest */
+    uint32_t _reserved0;
+    uint64_t size_bytes;
+    shmc_atomic_u64 mark;
+    uint64_t _reserved1;
+};
+
+/* ---- slots ---------------------------------------------------------------------------------------------------- */
+
+/* Written by the owner only while the slot has no claim, `took` excepted. A reader looks at it only while it holds. */
+struct shmc_record {
+    shmc_atomic_u64 generation; /* pairs with both loads in shmc_slot_attach */
+    shmc_atomic_u64 took;       /* bits 0..30: who has taken one of the n; bits 32..62: how many are left */
+    uint64_t offset_bytes;      /* in the data segment; multiple of SHMC_BLOCK_ALIGN_BYTES */
+    uint64_t size_bytes;        /* payload */
+    uint32_t segment;           /* n in the name */
+    uint32_t flags;             /* enum shmc_record_flag */
+    uint64_t hash_low;          /* XXH3-128 of the payload where SHMC_RECORD_HASHED */
+    uint64_t hash_high;
+    uint64_t _reserved0;
+};
+
+enum shmc_record_flag {
+    SHMC_RECORD_HASHED = 1,
+    SHMC_RECORD_OWN_PAGES = 2, /* starts on a page and shares its last page with no other block: may be mapped privately */
+};
+
+#define SHMC_TOOK_ONE (UINT64_C(1) << 32)
+#define SHMC_TOOK_LEFT(took) ((uint32_t)((took) >> 32))
+
+/* ---- where things are ----------------------------------------------------------------------------------------- */
+
+#define SHMC_PEERS_OFFSET 4096
+#define SHMC_SEGMENTS_OFFSET 12288
+#define SHMC_WORDS_OFFSET 20480
+
+/* slot_count is checked against SHMC_SLOT_COUNT_MAX first, so neither can overflow */
+static inline uint64_t shmc_layout_records_offset(uint32_t slot_count)
+{
+    uint64_t end = SHMC_WORDS_OFFSET + (uint64_t)slot_count * sizeof(uint64_t);
+    return (end + 63) & ~UINT64_C(63);
+}
+
+static inline uint64_t shmc_layout_control_bytes(uint32_t slot_count)
+{
+    uint64_t end = shmc_layout_records_offset(slot_count) + (uint64_t)slot_count * sizeof(struct shmc_record);
+    return (end + SHMC_PAGE_BYTES - 1) & ~(uint64_t)(SHMC_PAGE_BYTES - 1);
+}
+
+#define SHMC_AT(type, field, offset) \
+    _Static_assert(offsetof(struct type, field) == (offset), #type "." #field " moved: raise SHMC_FORMAT")
+SHMC_AT(shmc_header, magic, 0);
+SHMC_AT(shmc_header, format, 8);
+SHMC_AT(shmc_header, record_bytes, 12);
+SHMC_AT(shmc_header, control_bytes, 16);
+SHMC_AT(shmc_header, arena_id, 24);
+SHMC_AT(shmc_header, nonce, 32);
+SHMC_AT(shmc_header, host, 48);
+SHMC_AT(shmc_header, created_ns, 56);
+SHMC_AT(shmc_header, max_bytes, 64);
+SHMC_AT(shmc_header, slot_count, 72);
+SHMC_AT(shmc_header, peer_count, 76);
+SHMC_AT(shmc_header, segment_count, 80);
+SHMC_AT(shmc_header, state, 128);
+SHMC_AT(shmc_header, freed, 192);
+SHMC_AT(shmc_header, waiting, 196);
+SHMC_AT(shmc_header, metrics, 1024);
+_Static_assert(sizeof(struct shmc_header) == SHMC_PEERS_OFFSET, "header is one page");
+SHMC_AT(shmc_peer_record, incarnation, 0);
+SHMC_AT(shmc_peer_record, ready, 4);
+SHMC_AT(shmc_peer_record, token, 8);
+SHMC_AT(shmc_peer_record, pid, 16);
+SHMC_AT(shmc_peer_record, start_ticks, 24);
+SHMC_AT(shmc_peer_record, command, 32);
+SHMC_AT(shmc_peer_record, step, 128);
+SHMC_AT(shmc_peer_record, failed_step, 136);
+_Static_assert(sizeof(struct shmc_peer_record) == 256, "peer record is 256 bytes");
+_Static_assert(SHMC_PEERS_OFFSET + 32 * sizeof(struct shmc_peer_record) == SHMC_SEGMENTS_OFFSET, "peers end where segments start");
+SHMC_AT(shmc_segment_record, number, 0);
+SHMC_AT(shmc_segment_record, size_bytes, 8);
+SHMC_AT(shmc_segment_record, mark, 16);
+_Static_assert(sizeof(struct shmc_segment_record) == 32, "segment record is 32 bytes");
+_Static_assert(SHMC_SEGMENTS_OFFSET + SHMC_SEGMENT_COUNT * sizeof(struct shmc_segment_record) == SHMC_WORDS_OFFSET,
+               "segments end where words start");
+SHMC_AT(shmc_record, generation, 0);
+SHMC_AT(shmc_record, took, 8);
+SHMC_AT(shmc_record, offset_bytes, 16);
+SHMC_AT(shmc_record, size_bytes, 24);
+SHMC_AT(shmc_record, segment, 32);
+SHMC_AT(shmc_record, flags, 36);
+SHMC_AT(shmc_record, hash_low, 40);
+SHMC_AT(shmc_record, hash_high, 48);
+_Static_assert(sizeof(struct shmc_record) == 64, "slot record is one cache line");
+#undef SHMC_AT
+
+#endif

@@ -1,0 +1,200 @@
+#include "peers.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include "slots.h"
+
+/* ---- this process --------------------------------------------------------------------------------------------- */
+
+uint64_t shmc_process_token(void)
+{
+    static uint64_t *page; /* inherited by children, its contents are not */
+    if (page == NULL) {
+        void *mapped = mmap(NULL, SHMC_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (mapped == MAP_FAILED) {
+            return 0;
+        }
+        if (madvise(mapped, SHMC_PAGE_BYTES, MADV_WIPEONFORK) != 0) {
+            munmap(mapped, SHMC_PAGE_BYTES);
+            return 0;
+        }
+        page = mapped;
+    }
+    while (*page == 0) {
+        if (getrandom(page, sizeof *page, 0) != (ssize_t)sizeof *page && errno != EINTR) {
+            return 0;
+        }
+    }
+    return *page;
+}
+
+/* ---- locks ---------------------------------------------------------------------------------------------------- */
+
+static bool lock_operation(int fd, int command, short type, unsigned p, short *found)
+{
+    struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)p, .l_len = 1};
+    int result;
+    do {
+        result = fcntl(fd, command, &lock);
+    } while (result != 0 && errno == EINTR);
+    if (found != NULL) {
+        *found = lock.l_type;
+    }
+    return result == 0;
+}
+
+bool shmc_peer_lock(int fd, unsigned p)
+{
+    return lock_operation(fd, F_OFD_SETLK, F_WRLCK, p, NULL);
+}
+
+void shmc_peer_unlock(int fd, unsigned p)
+{
+    (void)lock_operation(fd, F_OFD_SETLK, F_UNLCK, p, NULL);
+}
+
+bool shmc_peer_probe(int fresh_fd, unsigned p)
+{
+    short found = F_WRLCK; /* what can not be asked counts as alive: never free what may be in use */
+    return !lock_operation(fresh_fd, F_OFD_GETLK, F_WRLCK, p, &found) || found != F_UNLCK;
+}
+
+enum shmc_status shmc_peer_anchor(int fd, void **lock_page)
+{
+    void *page = mmap(NULL, SHMC_PAGE_BYTES, PROT_READ, MAP_SHARED, fd, 0);
+    if (page == MAP_FAILED) {
+        return SHMC_ERRNO;
+    }
+    /* a forked child that inherited this would keep the lock of a dead parent */
+    if (madvise(page, SHMC_PAGE_BYTES, MADV_DONTFORK) != 0) {
+        int failure = errno;
+        munmap(page, SHMC_PAGE_BYTES);
+        errno = failure;
+        return SHMC_ERRNO;
+    }
+    *lock_page = page;
+    return SHMC_OK;
+}
+
+void shmc_peer_drop_anchor(void *lock_page)
+{
+    if (lock_page != NULL) {
+        munmap(lock_page, SHMC_PAGE_BYTES);
+    }
+}
+
+/* ---- records -------------------------------------------------------------------------------------------------- */
+
+/* What `ls` shows. Nothing is decided by it, so whatever can not be read is left out. */
+static void describe_process(struct shmc_peer_record *record)
+{
+    record->pid = (uint32_t)getpid();
+    record->start_ticks = 0;
+    char text[1024] = {0};
+    FILE *file = fopen("/proc/self/stat", "re");
+    if (file != NULL) {
+        size_t length = fread(text, 1, sizeof text - 1, file);
+        text[length] = '\0';
+        /* the command may hold spaces and brackets, so count fields from the last one: start time is the 20th after */
+        const char *at = strrchr(text, ')');
+        for (int field = 2; at != NULL && field < 22; field++) {
+            at = strchr(at + 1, ' ');
+        }
+        unsigned long long ticks;
+        if (at != NULL && sscanf(at, "%llu", &ticks) == 1) {
+            record->start_ticks = ticks;
+        }
+        fclose(file);
+    }
+    memset(record->command, 0, sizeof record->command);
+    file = fopen("/proc/self/cmdline", "re");
+    if (file != NULL) {
+        size_t length = fread(record->command, 1, sizeof record->command - 1, file);
+        for (size_t i = 0; i + 1 < length; i++) {
+            if (record->command[i] == '\0') {
+                record->command[i] = ' ';
+            }
+        }
+        fclose(file);
+    }
+}
+
+/* Raised before the scrub: whoever sets a bit for p reads it on both sides of doing so, and a grant that the scrub came
+ * too early for is then taken back by whoever gave it. */
+static uint32_t raise_incarnation(struct shmc_control *control, unsigned p)
+{
+    /* pairs with both loads in grant_to (slots.c) and in shmc_slot_publish */
+    return shmc_seq_add(&control->peers[p].incarnation, 1) + 1;
+}
+
+void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t token)
+{
+    struct shmc_peer_record *record = &control->peers[p];
+    uint32_t incarnation = raise_incarnation(control, p);
+    shmc_slot_scrub(control, p);
+    describe_process(record);
+    shmc_relaxed_store(&record->step, 0);
+    shmc_relaxed_store(&record->failed_step, 0);
+    shmc_relaxed_store(&record->token, token);
+    /* pairs with the load in shmc_peer_find */
+    shmc_release_store(&record->ready, incarnation);
+}
+
+enum shmc_status shmc_peer_join(
+    struct shmc_control *control, int lock_fd, uint64_t token, unsigned *index, struct shmc_detail *detail)
+{
+    for (unsigned p = 1; p < SHMC_PEER_COUNT; p++) {
+        if (shmc_peer_lock(lock_fd, p)) {
+            shmc_peer_take_over(control, p, token);
+            *index = p;
+            return SHMC_OK;
+        }
+    }
+    *detail = (struct shmc_detail){SHMC_PEER_COUNT, SHMC_PEER_COUNT};
+    return SHMC_PEERS_FULL;
+}
+
+void shmc_peer_leave(struct shmc_control *control, unsigned p)
+{
+    /* pairs with the load in shmc_peer_find: no grant is given to us by name from here on */
+    shmc_release_store(&control->peers[p].ready, 0);
+    raise_incarnation(control, p);
+    shmc_slot_scrub(control, p);
+}
+
+unsigned shmc_peer_sweep(struct shmc_control *control, int fresh_fd)
+{
+    unsigned swept = 0;
+    for (unsigned p = 1; p < SHMC_PEER_COUNT; p++) {
+        uint32_t incarnation = shmc_seq_load(&control->peers[p].incarnation);
+        if (incarnation == 0 || !shmc_peer_lock(fresh_fd, p)) {
+            continue; /* never used, or alive */
+        }
+        if (shmc_acquire_load(&control->peers[p].ready) != 0 || shmc_slot_claimed_by(control, p)) {
+            shmc_peer_leave(control, p);
+            swept++;
+        }
+        shmc_peer_unlock(fresh_fd, p);
+    }
+    return swept;
+}
+
+int shmc_peer_find(const struct shmc_control *control, uint64_t token, uint32_t *incarnation)
+{
+    for (int p = 0; p < SHMC_PEER_COUNT; p++) {
+        const struct shmc_peer_record *record = &control->peers[p];
+        uint32_t now = shmc_seq_load(&record->incarnation);
+        /* pairs with the store in shmc_peer_take_over: token and record belong to this incarnation */
+        if (now != 0 && shmc_acquire_load(&record->ready) == now && shmc_relaxed_load(&record->token) == token) {
+            *incarnation = now;
+            return p;
+        }
+    }
+    return -1;
+}

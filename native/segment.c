@@ -1,0 +1,161 @@
+#include "segment.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "layout.h"
+
+#ifndef MADV_POPULATE_READ /* Linux 5.14; older headers */
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+
+enum shmc_status shmc_segment_reserve(int fd, uint64_t size_bytes)
+{
+    int failure;
+    do {
+        failure = posix_fallocate(fd, 0, (off_t)size_bytes);
+    } while (failure == EINTR);
+    if (failure != 0) {
+        errno = failure; /* posix_fallocate returns the error instead of setting errno */
+        return SHMC_ERRNO;
+    }
+    return SHMC_OK;
+}
+
+enum shmc_status shmc_segment_size(int fd, uint64_t *size_bytes)
+{
+    struct stat file;
+    if (fstat(fd, &file) != 0) {
+        return SHMC_ERRNO;
+    }
+    *size_bytes = (uint64_t)file.st_size;
+    return SHMC_OK;
+}
+
+enum shmc_status shmc_segment_map(int fd, uint64_t size_bytes, enum shmc_access access, void **base)
+{
+    int protection = access == SHMC_MAP_READ ? PROT_READ : PROT_READ | PROT_WRITE;
+    /* NORESERVE: a private mapping of a whole segment is a view, hardly ever written; strict overcommit would count it */
+    int flags = access == SHMC_MAP_PRIVATE_COW ? MAP_PRIVATE | MAP_NORESERVE : MAP_SHARED;
+    void *mapped = mmap(NULL, size_bytes, protection, flags, fd, 0);
+    if (mapped == MAP_FAILED) {
+        return SHMC_ERRNO;
+    }
+    *base = mapped;
+    return SHMC_OK;
+}
+
+void shmc_segment_unmap(void *base, uint64_t size_bytes)
+{
+    if (base != NULL) {
+        munmap(base, size_bytes);
+    }
+}
+
+void shmc_segment_populate(void *base, uint64_t size_bytes, bool for_writing)
+{
+    int saved = errno;
+    (void)madvise(base, size_bytes, for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+    errno = saved;
+}
+
+enum shmc_status shmc_segment_punch(void *writable_base, uint64_t size_bytes)
+{
+    return madvise(writable_base, size_bytes, MADV_REMOVE) == 0 ? SHMC_OK : SHMC_ERRNO;
+}
+
+/* ---- what was written into a private mapping ------------------------------------------------------------------ */
+
+/* The kernel's interface, declared here because the headers of older distributions lack it (include/uapi/linux/fs.h). */
+struct scan_region {
+    uint64_t start, end, categories;
+};
+struct scan_request {
+    uint64_t size, flags, start, end, walk_end, regions, region_count, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define SCAN_PAGES _IOWR('f', 16, struct scan_request)
+#define SCAN_IS_FILE (UINT64_C(1) << 2)
+#define SCAN_IS_PRESENT (UINT64_C(1) << 3)
+#define SCAN_IS_SWAPPED (UINT64_C(1) << 4)
+
+enum { SCAN_REGIONS = 64 };
+
+/* Lists up to SCAN_REGIONS runs of pages in [start, end) that are this process's own: mapped, and not the file's.
+ * Returns their number and where the walk ended, or -1 where the kernel can not tell. */
+static long scan_written(int pagemap, uint64_t start, uint64_t end, struct scan_region *regions, uint64_t *walked_to)
+{
+    struct scan_request request = {
+        .size = sizeof request,
+        .start = start,
+        .end = end,
+        .regions = (uint64_t)(uintptr_t)regions,
+        .region_count = SCAN_REGIONS,
+        .category_inverted = SCAN_IS_FILE,
+        .category_mask = SCAN_IS_FILE,
+        .category_anyof_mask = SCAN_IS_PRESENT | SCAN_IS_SWAPPED,
+        .return_mask = SCAN_IS_FILE,
+    };
+    long found = ioctl(pagemap, SCAN_PAGES, &request);
+    *walked_to = request.walk_end;
+    return found;
+}
+
+static int open_pagemap(void)
+{
+    return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+}
+
+enum shmc_status shmc_segment_forget_private(void *base, uint64_t size_bytes)
+{
+    uint64_t at = (uint64_t)(uintptr_t)base, end = at + size_bytes;
+    struct scan_region regions[SCAN_REGIONS];
+    enum shmc_status status = SHMC_OK;
+    int saved = errno, pagemap = open_pagemap();
+    while (at < end) {
+        uint64_t walked_to = end;
+        long found = pagemap >= 0 ? scan_written(pagemap, at, end, regions, &walked_to) : -1;
+        if (found < 0 || walked_to <= at) { /* can not tell: drop all, shared pages come back by soft faults */
+            found = 1;
+            regions[0] = (struct scan_region){.start = at, .end = end};
+            walked_to = end;
+        }
+        for (long i = 0; i < found; i++) {
+            void *start = (void *)(uintptr_t)regions[i].start;
+            if (madvise(start, regions[i].end - regions[i].start, MADV_DONTNEED) != 0) {
+                status = SHMC_ERRNO;
+                goto done;
+            }
+        }
+        at = walked_to;
+    }
+done:
+    if (pagemap >= 0) {
+        int failure = errno;
+        close(pagemap);
+        errno = failure;
+    }
+    if (status == SHMC_OK) {
+        errno = saved;
+    }
+    return status;
+}
+
+bool shmc_segment_private_written(void *base, const void *shared, uint64_t size_bytes)
+{
+    struct scan_region regions[SCAN_REGIONS];
+    uint64_t start = (uint64_t)(uintptr_t)base, walked_to;
+    int saved = errno, pagemap = open_pagemap();
+    long found = pagemap >= 0 ? scan_written(pagemap, start, start + size_bytes, regions, &walked_to) : -1;
+    if (pagemap >= 0) {
+        close(pagemap);
+    }
+    errno = saved;
+    return found >= 0 ? found > 0 : memcmp(base, shared, size_bytes) != 0;
+}

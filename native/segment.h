@@ -1,0 +1,44 @@
+/* segment.h: where shared bytes live in this process: reserving, mapping, prefaulting, punching. Knows no protocol. */
+#ifndef SHMC_SEGMENT_H
+#define SHMC_SEGMENT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "status.h"
+
+enum shmc_access {
+    SHMC_MAP_READ,        /* shared, PROT_READ: what readers see */
+    SHMC_MAP_WRITE,       /* shared, read and write: the owner, and control segments */
+    SHMC_MAP_PRIVATE_COW, /* private copy-on-write over the same pages: what tensors see */
+};
+
+/* All pages of [0, size) exist afterwards, or ERRNO (ENOSPC) and none was added. Never SIGBUS later (G6). */
+enum shmc_status shmc_segment_reserve(int fd, uint64_t size_bytes);
+
+/* Length of the file behind fd. */
+enum shmc_status shmc_segment_size(int fd, uint64_t *size_bytes);
+
+enum shmc_status shmc_segment_map(int fd, uint64_t size_bytes, enum shmc_access access, void **base);
+void shmc_segment_unmap(void *base, uint64_t size_bytes);
+
+/* Fill page tables ahead of use. A hint: what it can not do, page faults do later. */
+void shmc_segment_populate(void *base, uint64_t size_bytes, bool for_writing);
+
+/* Give the pages back to the host though others still map them; they read zeros from then on. */
+enum shmc_status shmc_segment_punch(void *writable_base, uint64_t size_bytes);
+
+/* Drop what this process wrote into [base, base + size) of a private mapping, so that the shared pages show again.
+ * Page-aligned. Only written pages are touched where the kernel can list them (PAGEMAP_SCAN, Linux 6.7). */
+enum shmc_status shmc_segment_forget_private(void *base, uint64_t size_bytes);
+
+/* Whether this process has written into [base, base + size) of a private mapping whose shared twin is `shared`. */
+bool shmc_segment_private_written(void *base, const void *shared, uint64_t size_bytes);
+
+static inline uint64_t shmc_round_up(uint64_t value, uint64_t power_of_two)
+{
+    return (value + power_of_two - 1) & ~(power_of_two - 1);
+}
+
+#endif

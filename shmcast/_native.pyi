@@ -1,0 +1,219 @@
+"""The C core: bytes in shared memory, claims, hash and copy. Typed here, written in ``native/module*.c``.
+
+Everything below is mechanism. Names, policy, dtypes and wire formats are Python's; see ``arena``, ``process``, ``attach``.
+Buffers given to the core are C-contiguous. Counts are bytes unless the name says otherwise. Where a call could need
+another data segment it returns ``None`` and changes nothing: the caller adds one and calls again.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar
+
+from typing_extensions import Buffer
+
+FORMAT: Final[int]
+"""Format number of the control segment (``native/layout.h``)."""
+PEER_COUNT: Final[int]
+"""Processes that can be in one arena at once, the owner included (31)."""
+SLOT_COUNT_MAX: Final[int]
+SEGMENT_COUNT: Final[int]
+"""Data segments that an arena can have at once (256)."""
+BLOCK_ALIGN_BYTES: Final[int]
+PAGE_BYTES: Final[int]
+
+Published: TypeAlias = tuple[int, int, int, int, int | None]
+"""``(slot, generation, segment, offset, hash)``; ``hash`` is XXH3-128 of the bytes, seed 0, or None where none was asked for."""
+
+_LeaseT = TypeVar("_LeaseT", bound=Lease)
+
+def hash128(buffer: Buffer, seed: int = 0, /) -> int: ...
+def hash_paths() -> tuple[str, ...]: ...
+def hash_with(path: str, buffer: Buffer, seed: int, /) -> int: ...
+def hash_copy_with(path: str, stores: str, target: Buffer, source: Buffer, seed: int, /) -> int: ...
+def copy_with(method: str, target: Buffer, source: Buffer, /) -> None:
+    """Benchmark reference: ``method`` is ``"memcpy"`` or ``"streaming"`` (non-temporal stores, no hash)."""
+
+def process_token() -> int:
+    """Random non-zero 64-bit name of this process; another one in a forked child, also after a raw fork."""
+
+def take_owner_byte(fd: int, /) -> bool:
+    """Take the owner's lock through ``fd``; False where a live process has it. Held until ``fd`` and its mappings are gone."""
+
+def mark_ended(fd: int, /) -> bool:
+    """Mark the arena behind ``fd`` as ended, by who has taken its owner byte. False where there is no header yet."""
+
+def inspect(fd: int, /) -> dict[str, Any]:
+    """Look at a control segment without joining: header, metrics, peers (with liveness by lock), blocks by state."""
+
+class Member:
+    """This process in one arena: a peer index, its lock, the mapped control segment and the data segments mapped so far."""
+
+    @classmethod
+    def create(
+        cls,
+        map_fd: int,
+        lock_fd: int,
+        opener: Callable[[int], int],
+        arena_id: int,
+        host: int,
+        max_bytes: int,
+        slot_count: int,
+        /,
+    ) -> Member:
+        """Become the owner: ``lock_fd`` already has the owner byte (`take_owner_byte`). Reserves, writes the header, magic last."""
+
+    @classmethod
+    def join(cls, map_fd: int, lock_fd: int, opener: Callable[[int], int], arena_id: int, /) -> Member:
+        """Take a free byte. ArenaGoneError (ended), LayoutMismatchError, ArenaError (not ready, short, no byte free)."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def incarnation(self) -> int: ...
+    @property
+    def arena_id(self) -> int: ...
+    @property
+    def nonce(self) -> bytes: ...
+    @property
+    def max_bytes(self) -> int: ...
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def inherited(self) -> bool:
+        """True in a forked child of the process that joined: every operation refuses, and releases do nothing."""
+
+    def attach(
+        self,
+        lease_type: type[_LeaseT],
+        slot: int,
+        generation: int,
+        segment: int,
+        offset: int,
+        nbytes: int,
+        /,
+    ) -> _LeaseT:
+        """Pin, validate, map if need be (``opener(segment)``), and return a lease of exactly these bytes.
+
+        StaleHandleError, ArenaGoneError, HandleError (the range is not inside the block), OSError from the opener."""
+
+    def map_segment(self, segment: int, populate: bool, /) -> None: ...
+    def tokens(self) -> dict[int, int]:
+        """``{token: peer index}`` of the processes that have joined and not left, the owner's included; liveness not probed."""
+
+    def alive(self, token: int, /) -> bool:
+        """Whether the process of that token still holds its byte of this arena (probes the lock: some 10 µs)."""
+
+    def sweep_peers(self) -> int:
+        """Scrub every dead peer's claims; returns how many there were."""
+
+    @property
+    def step(self) -> int:
+        """This peer's step word."""
+
+    def set_step(self, step: int, failed: bool = False, /) -> None: ...
+    def steps(self) -> dict[int, tuple[int, int]]:
+        """``{token: (step, failed_step)}`` of all joined processes."""
+
+    def leave(self) -> None:
+        """Scrub our own claims, then give the byte up. The owner does not leave: see `Owner.end`."""
+
+class Lease:
+    """The right to read a range of a block. Exports a read-only buffer. Dropping the last reference releases it."""
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte in the shared read-only mapping."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def released(self) -> bool: ...
+    @property
+    def owns_pages(self) -> bool:
+        """Whether the block may be mapped privately (it shares no page with another block)."""
+
+    def view(self, private: bool = False, /) -> View:
+        """An exporter of the lease's bytes: read-only, or writable copy-on-write. Keeps the lease alive; counts as an export.
+
+        ``private=True`` raises ValueError unless `owns_pages`, OSError where the private mapping can not be made."""
+
+    def modified(self) -> bool:
+        """Whether this process has written into the private mapping of the block."""
+
+    def release(self) -> None:
+        """Give the hold up now. BufferError while views or buffers are exported. Idempotent; nothing in a forked child."""
+
+    @property
+    def content_hash(self) -> int | None:
+        """XXH3-128 (seed 0) of the block as published; None where it was not hashed or the lease covers a part of it."""
+
+    def grant_to(self, tokens: Iterable[int], /) -> int:
+        """Pass the block on: grant the block to these processes; the owner becomes trustee for those that have not joined. Returns how many
+        were granted by name. PeerLostError where one died meanwhile."""
+
+    def pending(self, tokens: Iterable[int], /) -> int:
+        """How many of these processes still have an unconsumed grant on the block and are alive by their incarnation."""
+
+class View:
+    """Exports a lease's bytes through the buffer protocol (``numpy.ndarray(..., buffer=view)``)."""
+
+    @property
+    def lease(self) -> Lease: ...
+    @property
+    def private(self) -> bool: ...
+    @property
+    def address(self) -> int: ...
+
+class Reservation:
+    """A block that is being written in place. Exports a writable buffer until it is sealed or aborted."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def seal(
+        self, count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, hashed: bool, /
+    ) -> Published: ...
+    def abort(self) -> None: ...
+
+class Owner:
+    """Publisher's side of an arena: allocator, slots, deadlines; all of it private memory of this process.
+
+    ``count``: anonymous claims (readers=n, 0 for none). ``tokens``: processes that get a grant each; PeerLostError where
+    one has not joined or died meanwhile. ``keep``: the arena itself holds the block until `release`. ``timeout_ns``: how
+    long unclaimed grants are in force; 0: for ever. Every call first takes back what became free."""
+
+    def __init__(self, member: Member, /) -> None: ...
+    def add_segment(self, number: int, fd: int, size_bytes: int, /) -> None:
+        """Reserve (OSError ENOSPC), map, prefault and start to serve from a new data segment. Drops the GIL."""
+
+    def retire_segment(self, number: int, /) -> bool:
+        """Stop serving from an empty, unpinned segment and punch its pages; False where it is neither. Caller unlinks."""
+
+    def segments(self) -> list[tuple[int, int, int, int]]:
+        """``(number, size_bytes, used_bytes, idle_since_ns)`` of live segments; idle_since_ns is 0 unless used_bytes is 0."""
+
+    def publish(
+        self, buffer: Buffer, count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, hashed: bool, /
+    ) -> Published | None: ...
+    def publish_many(
+        self, buffers: Sequence[Buffer], count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, hashed: bool, /
+    ) -> list[Published] | None: ...
+    def reserve(self, nbytes: int, /) -> Reservation | None: ...
+    def alias(
+        self, slot: int, generation: int, count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, /
+    ) -> Published:
+        """Publish the same bytes again under a new generation. StaleHandleError where the block is gone."""
+
+    def release(self, slot: int, generation: int, /) -> bool:
+        """Drop the arena's own hold (``keep``); False where there was none."""
+
+    def withdraw(self, slot: int, generation: int, /) -> bool:
+        """Take back what was never sent: unclaimed grants, anonymous claims, trusteeship and keep."""
+
+    def reclaim(self, revoke: bool = False, /) -> int:
+        """Take back blocks that became free; with ``revoke`` also those past their deadline. Returns bytes taken back."""
+
+    def wait_freed(self, timeout_ns: int, /) -> bool:
+        """Wait (futex, GIL dropped) until some block may have become free."""
+
+    def stats(self) -> dict[str, int]: ...
+    def end(self) -> None:
+        """Mark the arena ended; leases stay valid, new attaches fail. Caller unlinks data segments, then control."""
