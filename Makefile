@@ -1,0 +1,120 @@
+# make bench   the main job: tensor-parallel ranks on real photographs        make test    the whole suite
+# make check   linters, types, formats, builds with -Werror                   make format  what check would complain of
+#
+# Needs git, python3 (3.10 or newer, with venv and headers), a C compiler; no root. The rest goes into ./.venv.
+# Variables: ARGS=... for the program that is run; PYTHON=... to build the environment from;
+# TORCH_INDEX=... where a CPU build of torch is looked for if your own package index has none; empty: nowhere else.
+
+PYTHON ?= python3
+ARGS ?=
+TORCH_VERSION = 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BUILD_TOOLS = "pip>=23.1" "scikit-build-core>=0.11" "cmake>=3.20" ninja setuptools
+
+VENV = .venv
+CORE = .venv-core
+PIP = bin/python -m pip --disable-pip-version-check --no-input
+PY = $(VENV)/bin/python
+
+SOURCES = $(wildcard native/*.c native/*.h)
+C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch])
+# The directory too: a file that is added or removed changes it. Python files are used from the tree as they are.
+BUILD_INPUTS = CMakeLists.txt pyproject.toml native $(SOURCES)
+
+.PHONY: help bench bench-core test test-core check format clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+bench: $(VENV)/.installed
+	@mkdir -p build
+	$(PY) benchmarks/tp_shm.py --json build/bench.json --plot build/bench.svg $(ARGS)
+
+bench-core: $(VENV)/.installed
+	@mkdir -p build
+	$(PY) benchmarks/core.py --json build/bench-core.json $(ARGS)
+
+test: $(VENV)/.installed
+	$(PY) -m pytest $(ARGS)
+
+# Everything but what is specific to torch and zmq, where neither is installed.
+test-core: $(CORE)/.installed
+	SHMCAST_TEST_CORE=1 $(CORE)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/.checkers
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
+	@for compiler in gcc clang; do \
+	    if command -v $$compiler >/dev/null; then \
+	        echo "build with $$compiler -Werror"; \
+	        $(VENV)/bin/cmake -S . -B build/werror-$$compiler -G Ninja -DCMAKE_C_COMPILER=$$compiler -DSHMCAST_WERROR=ON \
+	            -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) >build/werror.log \
+	            || { cat build/werror.log; exit 1; }; \
+	        $(VENV)/bin/cmake --build build/werror-$$compiler || exit 1; \
+	    fi; \
+	done
+
+format: $(VENV)/.checkers
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(C_FILES)
+
+# Stamps: a target that finds its stamp newer than what it was made from installs nothing.
+
+%/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "set up shmcast: needs Python 3.10 or newer, '$(PYTHON)' is not; say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "set up shmcast: '$(PYTHON)' can not make virtual environments; install python3-venv or say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	    { echo "set up shmcast: '$(PYTHON)' has no C headers; install python3-dev or say make PYTHON=..." >&2; exit 1; }
+	@test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/$(PIP) install $(BUILD_TOOLS)
+	@touch $@
+
+# The first time, and when pyproject.toml has changed, with all dependencies in one call, so that nothing that depends
+# on torch can choose another one; otherwise only our own few files are built, in a build folder that is kept.
+INSTALL = install --no-build-isolation --config-settings=build-dir=build/editable-$(@D)
+
+$(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
+	@mkdir -p build
+	@if test $(VENV)/.dependencies -nt pyproject.toml; then \
+	    $(VENV)/$(PIP) $(INSTALL) --quiet --no-deps --editable .; \
+	else \
+	    $(find_torch) \
+	    $(VENV)/$(PIP) $(INSTALL) $$index torch==$(TORCH_VERSION) --editable '.[torch,zmq,bench,test]' && touch $(VENV)/.dependencies; \
+	fi
+	@touch $@
+
+$(CORE)/.installed: $(CORE)/.created $(BUILD_INPUTS)
+	@mkdir -p build
+	$(CORE)/$(PIP) $(INSTALL) --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.checkers: $(VENV)/.installed
+	@test $@ -nt pyproject.toml || $(VENV)/$(PIP) $(INSTALL) --editable '.[check]'
+	@touch $@
+
+# Sets $$index. A torch that is installed, or that pip would find by itself as a CPU build, is taken as it is; only
+# otherwise is TORCH_INDEX asked, once and briefly, since pip would try an unreachable one again for every package.
+FIND_TORCH = index versions torch $(1) 2>/dev/null | grep -qF '$(TORCH_VERSION)+cpu'
+define find_torch
+index=; \
+if $(VENV)/$(PIP) show --quiet torch 2>/dev/null; then :; \
+elif $(VENV)/$(PIP) $(call FIND_TORCH); then :; \
+elif test -z "$(TORCH_INDEX)"; then :; \
+elif PIP_CONFIG_FILE=/dev/null $(VENV)/$(PIP) --isolated --retries 0 --timeout 10 \
+    $(call FIND_TORCH,--index-url $(TORCH_INDEX)); then index="--extra-index-url $(TORCH_INDEX)"; \
+else echo "set up shmcast: no CPU build of torch at '$(TORCH_INDEX)'; taking the one of your package index" >&2; fi;
+endef
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed $(CORE)/.installed
+
+distclean: clean
+	rm -rf $(VENV) $(CORE)
