@@ -95,6 +95,9 @@ enum shmc_status shmc_member_attach(
         *detail = (struct shmc_detail){slot, control->slot_count};
         return SHMC_SLOT_RANGE;
     }
+    if (shmc_control_ended(control)) {
+        return SHMC_ENDED;
+    }
     if (member->leases[slot] != 0) {
         /* Our hold is on another generation: the handle's is gone. To pin here would end in clearing our own hold. */
         if (member->generations[slot] != generation) {
@@ -104,9 +107,6 @@ enum shmc_status shmc_member_attach(
         shmc_slot_consume(control, member->index, slot);
         member->leases[slot]++;
         return SHMC_OK;
-    }
-    if (shmc_control_ended(control)) {
-        return SHMC_ENDED;
     }
     enum shmc_status status = shmc_slot_attach(control, member->index, slot, generation, detail);
     if (status == SHMC_OK) {
