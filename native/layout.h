@@ -55,7 +55,9 @@
  *       +------------------------------------------------------------------------+   +--- stays CLAIMED
  *   claims == 0 can be left by the owner alone, so finding it once is enough to reuse the memory: no barrier.
  *   An attach sets its hold only by compare-and-swap on a word that has claims: it can never revive a free slot.
- *   Hold first, consume second, everywhere: a death in between over-counts, and the scrub ends that.
+ *   Hold first, consume second, everywhere: a death in between over-counts, and the scrub ends that. An attach consumes
+ *   only what was set when its hold was set. These and the other rules were found by exploring the protocol: every one
+ *   of them, and what happens without it, is in tests/model/README.md.
  *
  * THE LIFE OF A PEER'S BYTE
  *      free --[joiner: lock, incarnation+1, scrub own bits, write record, ready=incarnation]--> joined

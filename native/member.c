@@ -104,7 +104,7 @@ enum shmc_status shmc_member_attach(
             *detail = (struct shmc_detail){generation, member->generations[slot]};
             return SHMC_STALE;
         }
-        shmc_slot_consume(control, member->index, slot);
+        shmc_slot_attach_again(control, member->index, slot);
         member->leases[slot]++;
         return SHMC_OK;
     }

@@ -129,13 +129,14 @@ static void describe_process(struct shmc_peer_record *record)
  * too early for is then taken back by whoever gave it. */
 static uint32_t raise_incarnation(struct shmc_control *control, unsigned p)
 {
-    /* pairs with both loads in grant_to (slots.c) and in shmc_slot_publish */
+    /* pairs with both loads in shmc_slot_publish and in shmc_slot_pass_on */
     return shmc_seq_add(&control->peers[p].incarnation, 1) + 1;
 }
 
 void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t token)
 {
     struct shmc_peer_record *record = &control->peers[p];
+    /* not ready from here on: `ready` still has the number before this one, or 0 */
     uint32_t incarnation = raise_incarnation(control, p);
     shmc_slot_scrub(control, p);
     describe_process(record);

@@ -92,39 +92,16 @@ enum shmc_status shmc_slot_publish(struct shmc_control *control, uint32_t slot, 
 /* ---- attach and release --------------------------------------------------------------------------------------- */
 
 /* Set p's hold on a word that has claims; false where it has none. Such a hold may be on another block than the caller
- * wants: the owner counts it all the same, so nothing that it protects is reused. */
-static bool pin(shmc_atomic_u64 *word, unsigned p)
+ * wants: the owner counts it all the same, so nothing that it protects is reused. `seen` is the word that it was set on. */
+static bool pin(shmc_atomic_u64 *word, unsigned p, uint64_t *seen)
 {
-    uint64_t now = shmc_seq_load(word);
+    *seen = shmc_seq_load(word);
     do {
-        if ((now & SHMC_CLAIMS) == 0) {
+        if ((*seen & SHMC_CLAIMS) == 0) {
             return false;
         }
-    } while (!shmc_seq_cas(word, &now, now | SHMC_HOLD(p))); /* pairs with the exchange in shmc_slot_publish */
+    } while (!shmc_seq_cas(word, seen, *seen | SHMC_HOLD(p))); /* pairs with the exchange in shmc_slot_publish */
     return true;
-}
-
-enum shmc_status shmc_slot_attach(
-    struct shmc_control *control, unsigned p, uint32_t slot, uint64_t generation, struct shmc_detail *detail)
-{
-    if (slot >= control->slot_count) {
-        *detail = (struct shmc_detail){slot, control->slot_count};
-        return SHMC_SLOT_RANGE;
-    }
-    shmc_atomic_u64 *at = &control->records[slot].generation;
-    /* pairs with the store in shmc_slot_publish; the first look only spares others a pin that can not succeed */
-    uint64_t found = shmc_acquire_load(at);
-    if (found == generation && pin(&control->words[slot], p)) {
-        /* pairs with the store in shmc_slot_publish; while our hold stands it can not change any more */
-        found = shmc_seq_load(at);
-        if (found == generation) {
-            shmc_slot_consume(control, p, slot);
-            return SHMC_OK;
-        }
-        clear_bits(control, slot, SHMC_HOLD(p));
-    }
-    *detail = (struct shmc_detail){generation, found};
-    return SHMC_STALE;
 }
 
 /* Take one of the n; true where none is left afterwards. */
@@ -140,16 +117,45 @@ static bool take_one(shmc_atomic_u64 *took, unsigned p)
     return SHMC_TOOK_LEFT(now) == 0;
 }
 
-void shmc_slot_consume(struct shmc_control *control, unsigned p, uint32_t slot)
+/* What this attach consumes: only what was there when the hold was set. A grant that comes later belongs to a handle that
+ * is still under way. */
+static void consume(struct shmc_control *control, unsigned p, uint32_t slot, uint64_t seen)
 {
-    uint64_t word = shmc_seq_load(&control->words[slot]);
-    uint64_t done = p != SHMC_OWNER ? word & SHMC_GRANT(p) : 0; /* bit 32 is L: not the owner's to consume */
-    if ((word & SHMC_T) != 0 && take_one(&control->records[slot].took, p)) {
+    uint64_t done = p != SHMC_OWNER ? seen & SHMC_GRANT(p) : 0; /* bit 32 is L: not the owner's to consume */
+    if ((seen & SHMC_T) != 0 && take_one(&control->records[slot].took, p)) {
         done |= SHMC_T;
     }
     if (done != 0) {
         shmc_seq_and(&control->words[slot], ~done); /* our hold stands, so this is never the last claim */
     }
+}
+
+enum shmc_status shmc_slot_attach(
+    struct shmc_control *control, unsigned p, uint32_t slot, uint64_t generation, struct shmc_detail *detail)
+{
+    if (slot >= control->slot_count) {
+        *detail = (struct shmc_detail){slot, control->slot_count};
+        return SHMC_SLOT_RANGE;
+    }
+    shmc_atomic_u64 *at = &control->records[slot].generation;
+    /* pairs with the store in shmc_slot_publish; the first look only spares others a pin that can not succeed */
+    uint64_t found = shmc_acquire_load(at), seen;
+    if (found == generation && pin(&control->words[slot], p, &seen)) {
+        /* pairs with the store in shmc_slot_publish; while our hold stands it can not change any more */
+        found = shmc_seq_load(at);
+        if (found == generation) {
+            consume(control, p, slot, seen);
+            return SHMC_OK;
+        }
+        clear_bits(control, slot, SHMC_HOLD(p));
+    }
+    *detail = (struct shmc_detail){generation, found};
+    return SHMC_STALE;
+}
+
+void shmc_slot_attach_again(struct shmc_control *control, unsigned p, uint32_t slot)
+{
+    consume(control, p, slot, shmc_seq_load(&control->words[slot]));
 }
 
 void shmc_slot_release(struct shmc_control *control, unsigned p, uint32_t slot)
@@ -159,7 +165,8 @@ void shmc_slot_release(struct shmc_control *control, unsigned p, uint32_t slot)
 
 enum shmc_status shmc_slot_keep(struct shmc_control *control, uint32_t slot, struct shmc_detail *detail)
 {
-    if (!pin(&control->words[slot], SHMC_OWNER)) {
+    uint64_t seen;
+    if (!pin(&control->words[slot], SHMC_OWNER, &seen)) {
         uint64_t generation = shmc_relaxed_load(&control->records[slot].generation);
         *detail = (struct shmc_detail){generation, generation};
         return SHMC_STALE;
@@ -173,8 +180,9 @@ static void add_grant(shmc_atomic_u64 *word, uint64_t grant)
 {
     uint64_t now = shmc_seq_load(word), then;
     do {
-        /* two in flight to one peer must not collapse into one bit, which the first attach would clear */
-        then = now | grant | SHMC_X | ((now & grant) != 0 ? SHMC_L : 0);
+        /* Two in flight to one peer must not collapse into one bit, which the first attach would clear; and one of them
+         * may be the anonymous one. */
+        then = now | grant | SHMC_X | ((now & (grant | SHMC_T)) != 0 ? SHMC_L : 0);
     } while (!shmc_seq_cas(word, &now, then)); /* pairs with the compare-and-swap in shmc_slot_revoke */
 }
 
@@ -189,7 +197,8 @@ enum shmc_status shmc_slot_pass_on(
     add_grant(&control->words[slot], grant);
     /* pairs with raise_incarnation in peers.c */
     if (p > SHMC_OWNER && shmc_seq_load(&control->peers[p].incarnation) != incarnation) {
-        clear_bits(control, slot, grant);
+        /* The grant stays: after a scrub the bit may be somebody else's promise to the next process with this byte. It
+         * ends with the byte's next takeover or sweep, or with the deadline. */
         *detail = (struct shmc_detail){token, (unsigned)p};
         return SHMC_PEER_LOST;
     }
@@ -203,7 +212,10 @@ bool shmc_slot_revoke(struct shmc_control *control, uint32_t slot, uint64_t last
     shmc_atomic_u64 *word = &control->words[slot];
     uint64_t now = shmc_seq_load(word), then;
     do {
-        then = (now & SHMC_X) != 0 ? now & ~SHMC_X : now & (SHMC_HOLDS | lasting);
+        /* Grants of peers that hold stay: their attach may still be about to consume them, and would then consume what
+         * a pass-on promised after us. The block is held anyway. */
+        uint64_t held = (now & SHMC_HOLDS) << 32 & SHMC_GRANTS;
+        then = (now & SHMC_X) != 0 ? now & ~SHMC_X : now & (SHMC_HOLDS | lasting | held);
     } while (!shmc_seq_cas(word, &now, then)); /* pairs with the compare-and-swap in add_grant */
     return (now & SHMC_X) == 0;
 }
@@ -220,13 +232,20 @@ void shmc_slot_scrub(struct shmc_control *control, unsigned p)
 {
     uint64_t bits = SHMC_HOLD(p) | (p != SHMC_OWNER ? SHMC_GRANT(p) : 0);
     for (uint32_t slot = 0; slot < control->slot_count; slot++) {
-        if ((shmc_seq_load(&control->words[slot]) & SHMC_CLAIMS) == 0) {
+        shmc_atomic_u64 *took = &control->records[slot].took;
+        uint64_t word = shmc_seq_load(&control->words[slot]);
+        if ((word & SHMC_CLAIMS) == 0) {
             continue; /* free: the next publication starts with a `took` of its own */
         }
-        if ((shmc_seq_load(&control->records[slot].took) & SHMC_HOLD(p)) != 0) {
-            shmc_seq_and(&control->records[slot].took, ~SHMC_HOLD(p)); /* pairs with take_one */
+        /* p may have died between taking the last one and dropping T. Only under its hold: without one, `took` could be
+         * of this publication and T of the next. */
+        if ((word & SHMC_HOLD(p)) != 0 && (word & SHMC_T) != 0 && SHMC_TOOK_LEFT(shmc_seq_load(took)) == 0) {
+            shmc_seq_and(&control->words[slot], ~SHMC_T);
         }
-        if ((shmc_seq_load(&control->words[slot]) & bits) != 0) {
+        if ((shmc_seq_load(took) & SHMC_HOLD(p)) != 0) {
+            shmc_seq_and(took, ~SHMC_HOLD(p)); /* pairs with take_one */
+        }
+        if ((word & bits) != 0) {
             clear_bits(control, slot, bits);
         }
     }

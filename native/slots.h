@@ -26,8 +26,8 @@ enum shmc_status shmc_slot_publish(struct shmc_control *control, uint32_t slot, 
 enum shmc_status shmc_slot_attach(
     struct shmc_control *control, unsigned p, uint32_t slot, uint64_t generation, struct shmc_detail *detail);
 
-/* [holder p] What an attach consumes: its grant, and one of the n of readers=n. Only after the hold is set. */
-void shmc_slot_consume(struct shmc_control *control, unsigned p, uint32_t slot);
+/* [holder p] The process has the block already and attaches another handle of it: that consumes claims as well. */
+void shmc_slot_attach_again(struct shmc_control *control, unsigned p, uint32_t slot);
 
 /* [holder p] The end of the last lease in this process. */
 void shmc_slot_release(struct shmc_control *control, unsigned p, uint32_t slot);
@@ -36,7 +36,9 @@ void shmc_slot_release(struct shmc_control *control, unsigned p, uint32_t slot);
 enum shmc_status shmc_slot_keep(struct shmc_control *control, uint32_t slot, struct shmc_detail *detail);
 
 /* [holder] Grant to the process of `token`. PEER_LOST where it dies meanwhile; *joined is false where it has not joined
- * and the owner was made trustee instead. */
+ * and the owner was made trustee instead. A grant is one bit per peer and slot, not per handle: a handle that is not
+ * promised any more (an old copy, one beyond the n readers) may consume it, and the handle that was passed on is then good
+ * only while somebody holds the block. */
 enum shmc_status shmc_slot_pass_on(
     struct shmc_control *control, uint32_t slot, uint64_t token, bool *joined, struct shmc_detail *detail);
 
