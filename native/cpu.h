@@ -9,7 +9,13 @@
 bool shmc_cpu_has_avx2(void);
 bool shmc_cpu_has_avx512f(void);
 
-/* Size of the last-level cache that the first processor sees, in bytes; 0 where nobody says. Reads files: ask once. */
-size_t shmc_cpu_cache_bytes(void);
+/* The last-level cache of the first processor. `bytes` is 0 where nobody says; `shared_by_all`: every processor that is
+ * online has this same one, so far as the kernel knows (a virtual machine may be told so and not have it). Reads files:
+ * ask once. */
+struct shmc_cpu_cache {
+    size_t bytes;
+    bool shared_by_all;
+};
+struct shmc_cpu_cache shmc_cpu_last_cache(void);
 
 #endif

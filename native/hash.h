@@ -9,7 +9,7 @@
  *
  * Stores: plain ones leave the copy in the cache, where readers on other cores find it; streaming (non-temporal) ones
  * do not read the target first and push nothing out of the cache, but readers then go to memory. AUTO streams from
- * shmc_copy_stream_bytes() on. Whatever streams has ended with a store fence when it returns. */
+ * shmc_copy_stream_bytes() on (hash.c says why there). Whatever streams has ended with a store fence when it returns. */
 #ifndef SHMC_HASH_H
 #define SHMC_HASH_H
 

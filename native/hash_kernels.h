@@ -23,9 +23,9 @@
 #define SHMC_MIX_2 UINT64_C(0x9FB21C651E98DF25)
 
 enum {
-    SHMC_HASH_SHORT_MAX = 240,  /* longer inputs take the path's loop */
-    SHMC_HASH_LANES = 8,        /* 64-bit accumulators */
-    SHMC_HASH_STRIPE_BYTES = 64 /* one word per accumulator */,
+    SHMC_HASH_SHORT_MAX = 240,   /* longer inputs take the path's loop */
+    SHMC_HASH_LANES = 8,         /* 64-bit accumulators */
+    SHMC_HASH_STRIPE_BYTES = 64, /* one word per accumulator */
     SHMC_HASH_SECRET_BYTES = 192,
     SHMC_HASH_SECRET_STEP = 8, /* how far the secret moves on from stripe to stripe */
     SHMC_HASH_BLOCK_STRIPES = (SHMC_HASH_SECRET_BYTES - SHMC_HASH_STRIPE_BYTES) / SHMC_HASH_SECRET_STEP,

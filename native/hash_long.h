@@ -42,17 +42,19 @@ PATH_INLINE void prefetch(const unsigned char *from, size_t ahead)
 
 PATH_INLINE void load_stripe(vector *input, const unsigned char *source)
 {
-    for (int i = 0; i < STRIPE_VECTORS; i++)
+    for (int i = 0; i < STRIPE_VECTORS; i++) {
         input[i] = LOAD(source + i * VECTOR_BYTES);
+    }
 }
 
 PATH_INLINE void store_stripe(unsigned char *target, const vector *input, enum mode mode)
 {
     for (int i = 0; i < STRIPE_VECTORS; i++) {
-        if (mode == COPY_STREAMING)
+        if (mode == COPY_STREAMING) {
             STREAM(target + i * VECTOR_BYTES, input[i]);
-        else
+        } else {
             *(vector_anywhere *)(target + i * VECTOR_BYTES) = (vector_anywhere)input[i];
+        }
     }
 }
 
@@ -72,8 +74,9 @@ PATH_INLINE void take_stripe(vector *sums, unsigned char *target, const unsigned
     vector input[STRIPE_VECTORS], ahead[STRIPE_VECTORS];
     prefetch(source, AHEAD_HASH_BYTES);
     load_stripe(input, source);
-    if (mode != HASH_ONLY && lead == 0)
+    if (mode != HASH_ONLY && lead == 0) {
         store_stripe(target, input, mode);
+    }
     if (mode != HASH_ONLY && lead != 0) {
         load_stripe(ahead, source + lead);
         store_stripe(target + lead, ahead, mode);
@@ -99,8 +102,9 @@ PATH_INLINE void absorb_blocks(vector *sums, unsigned char *target, const unsign
         for (int stripe = 0; stripe < SHMC_HASH_BLOCK_STRIPES; stripe++) {
             take_stripe(sums, target, source, secret + stripe * SHMC_HASH_SECRET_STEP, mode, lead);
             source += SHMC_HASH_STRIPE_BYTES;
-            if (mode != HASH_ONLY)
+            if (mode != HASH_ONLY) {
                 target += SHMC_HASH_STRIPE_BYTES;
+            }
         }
         scramble(sums, secret);
     }
@@ -140,8 +144,9 @@ PATH_INLINE void absorb(uint64_t *accumulators, void *target_start, const void *
         memcpy(target + done, source + done, length - done);
         source += along * SHMC_HASH_BLOCK_BYTES;
     }
-    if (mode == HASH_ONLY || lead != 0)
+    if (mode == HASH_ONLY || lead != 0) {
         absorb_blocks(sums, NULL, source, blocks - along, secret, HASH_ONLY, 0);
+    }
     absorb_rest(sums, end - ((length - 1) % SHMC_HASH_BLOCK_BYTES + 1), end, secret);
     memcpy(accumulators, sums, sizeof sums);
 }
@@ -168,10 +173,11 @@ PATH_TARGET static void path_copy_streaming(uint64_t *accumulators, void *target
                                             size_t length_bytes, const struct shmc_hash_secret *secret)
 {
     /* spelled out for 0, so that the usual case loads each vector once */
-    if (lead_of(target) == 0)
+    if (lead_of(target) == 0) {
         absorb(accumulators, target, source, length_bytes, secret, COPY_STREAMING, 0);
-    else
+    } else {
         absorb(accumulators, target, source, length_bytes, secret, COPY_STREAMING, lead_of(target));
+    }
     shmc_fence_streaming_stores();
 }
 

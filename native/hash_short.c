@@ -2,12 +2,14 @@
 #include "hash_kernels.h"
 
 const struct shmc_hash_secret shmc_hash_default_secret = {{
-    UINT64_C(0xbe4ba423396cfeb8), UINT64_C(0x1cad21f72c81017c), UINT64_C(0xdb979083e96dd4de), UINT64_C(0x1f67b3b7a4a44072),
-    UINT64_C(0x78e5c0cc4ee679cb), UINT64_C(0x2172ffcc7dd05a82), UINT64_C(0x8e2443f7744608b8), UINT64_C(0x4c263a81e69035e0),
-    UINT64_C(0xcb00c391bb52283c), UINT64_C(0xa32e531b8b65d088), UINT64_C(0x4ef90da297486471), UINT64_C(0xd8acdea946ef1938),
-    UINT64_C(0x3f349ce33f76faa8), UINT64_C(0x1d4f0bc7c7bbdcf9), UINT64_C(0x3159b4cd4be0518a), UINT64_C(0x647378d9c97e9fc8),
-    UINT64_C(0xc3ebd33483acc5ea), UINT64_C(0xeb6313faffa081c5), UINT64_C(0x49daf0b751dd0d17), UINT64_C(0x9e68d429265516d3),
-    UINT64_C(0xfca1477d58be162b), UINT64_C(0xce31d07ad1b8f88f), UINT64_C(0x280416958f3acb45), UINT64_C(0x7e404bbbcafbd7af),
+    UINT64_C(0xbe4ba423396cfeb8), UINT64_C(0x1cad21f72c81017c), UINT64_C(0xdb979083e96dd4de),
+    UINT64_C(0x1f67b3b7a4a44072), UINT64_C(0x78e5c0cc4ee679cb), UINT64_C(0x2172ffcc7dd05a82),
+    UINT64_C(0x8e2443f7744608b8), UINT64_C(0x4c263a81e69035e0), UINT64_C(0xcb00c391bb52283c),
+    UINT64_C(0xa32e531b8b65d088), UINT64_C(0x4ef90da297486471), UINT64_C(0xd8acdea946ef1938),
+    UINT64_C(0x3f349ce33f76faa8), UINT64_C(0x1d4f0bc7c7bbdcf9), UINT64_C(0x3159b4cd4be0518a),
+    UINT64_C(0x647378d9c97e9fc8), UINT64_C(0xc3ebd33483acc5ea), UINT64_C(0xeb6313faffa081c5),
+    UINT64_C(0x49daf0b751dd0d17), UINT64_C(0x9e68d429265516d3), UINT64_C(0xfca1477d58be162b),
+    UINT64_C(0xce31d07ad1b8f88f), UINT64_C(0x280416958f3acb45), UINT64_C(0x7e404bbbcafbd7af),
 }};
 
 /* Words of the secret at a byte offset. */
@@ -101,8 +103,9 @@ static shmc_hash128 hash_17_to_128(const unsigned char *source, size_t length, u
     struct pair sums = {length * SHMC_P64_1, 0};
     for (size_t at = (length - 1) / 32 * 16;; at -= 16) {
         sums = mix32(sums, source + at, source + length - 16 - at, 2 * at, seed);
-        if (at == 0)
+        if (at == 0) {
             return finish_medium(sums, length, seed);
+        }
     }
 }
 
@@ -110,25 +113,31 @@ static shmc_hash128 hash_129_to_240(const unsigned char *source, size_t length, 
 {
     struct pair sums = {length * SHMC_P64_1, 0};
     size_t at = 0;
-    for (; at < 128; at += 32)
+    for (; at < 128; at += 32) {
         sums = mix32(sums, source + at, source + at + 16, at, seed);
+    }
     sums.first = shmc_avalanche(sums.first);
     sums.second = shmc_avalanche(sums.second);
-    for (; at + 32 <= length; at += 32)
+    for (; at + 32 <= length; at += 32) {
         sums = mix32(sums, source + at, source + at + 16, at - 128 + 3, seed);
+    }
     sums = mix32(sums, source + length - 16, source + length - 32, 103, 0 - seed);
     return finish_medium(sums, length, seed);
 }
 
 shmc_hash128 shmc_hash_short(const void *source, size_t length_bytes, uint64_t seed)
 {
-    if (length_bytes > 128)
+    if (length_bytes > 128) {
         return hash_129_to_240(source, length_bytes, seed);
-    if (length_bytes > 16)
+    }
+    if (length_bytes > 16) {
         return hash_17_to_128(source, length_bytes, seed);
-    if (length_bytes > 8)
+    }
+    if (length_bytes > 8) {
         return hash_9_to_16(source, length_bytes, seed);
-    if (length_bytes > 3)
+    }
+    if (length_bytes > 3) {
         return hash_4_to_8(source, length_bytes, seed);
+    }
     return length_bytes ? hash_1_to_3(source, length_bytes, seed) : hash_empty(seed);
 }

@@ -1,0 +1,87 @@
+"""The table of strategies, and what all of them have in common.
+
+A new strategy is a class (below `Strategy`, in a file of its own family) and one line in `STRATEGIES`. Classes are
+named, not imported, here: a strategy that needs a package is no burden for the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tp.rank import Rank
+    from tp.tokenizer import Tokenizer
+
+
+class Strategy(ABC):
+    """One way to serve requests on all ranks. An instance lives on each rank, from first use to the end.
+
+    `serve` is the window: it must hand every request of the batch to `rank.consume`, on every rank.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+
+    def setup(self) -> None:
+        """Outside every window, on all ranks together."""
+
+    @abstractmethod
+    def serve(self, batch: Sequence[int]) -> None:
+        """Serve the requests with these indexes, in one iteration, on all ranks together."""
+
+    def teardown(self) -> None:
+        """Outside every window, on all ranks together; also after a failure."""
+
+
+class TokenizerSide(ABC):
+    """What the tokenizer process does under one strategy, where it is the one that materializes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def setup(self) -> None:
+        """Outside every window."""
+
+    @abstractmethod
+    def serve(self, index: int) -> None:
+        """Materialize one request and send it to rank 0."""
+
+    def teardown(self) -> None:
+        """Outside every window."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One line of the table. Places are `module:class`."""
+
+    name: str
+    summary: str
+    place: str
+    tokenizer: str | None = None  # its `TokenizerSide`; None: the tokenizer has no part in it
+    once: bool = True  # one materialization a request, not one a rank
+
+
+_PICKLED = "tp.tokenizer:Pickled"
+
+STRATEGIES: dict[str, Spec] = {
+    spec.name: spec
+    for spec in (
+        Spec("replicate", "every rank materializes the raw request", "tp.collectives:Replicate", once=False),
+        Spec("raw", "broadcast the raw request, every rank materializes", "tp.collectives:Raw", once=False),
+        Spec("object", "materialize once, pickle, one broadcast a request", "tp.collectives:Object", _PICKLED),
+        Spec("object-batch", "the same, one broadcast a batch", "tp.collectives:ObjectBatch", _PICKLED),
+        Spec("tensor", "metadata, then dist.broadcast array by array", "tp.collectives:Tensor", _PICKLED),
+        Spec("shm-naive", "a fresh segment an array, barrier, all_reduce", "tp.naive:ShmNaive", _PICKLED),
+        Spec("shm", "shmcast: in place, warm, handles", "tp.shm:Shm", "tp.in_place:ShmTokenizer"),
+    )
+}
+
+
+def load(place: str) -> Any:
+    """The class at `module:class`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

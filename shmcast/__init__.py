@@ -1,0 +1,82 @@
+"""Materialize a multimodal request once, share it with every tensor-parallel rank on the host.
+
+Whoever materializes arrays publishes them into shared memory that is already mapped and warm, sends a handle of about
+100 bytes, and every other process maps the same pages read-only. Start with `Arena`, `attach` and `Group`.
+"""
+
+from . import _native
+from .arena import Arena
+from .attach import Lease, attach, digest, process_token
+from .codec import dumps, loads
+from .errors import (
+    ArenaError,
+    ArenaFullError,
+    ArenaGoneError,
+    GroupError,
+    GroupTimeoutError,
+    HandleError,
+    IntegrityError,
+    LayoutMismatchError,
+    MaterializeError,
+    PeerLostError,
+    ShmcastError,
+    StaleHandleError,
+    UnsupportedArrayError,
+)
+from .handle import Handle
+from .reservation import Reservation
+from .sweep import SweepReport, sweep
+
+hash128 = _native.hash128
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Arena",
+    "Handle",
+    "Lease",
+    "Reservation",
+    "attach",
+    "dumps",
+    "loads",
+    "hash128",
+    "digest",
+    "process_token",
+    "sweep",
+    "SweepReport",
+    "Group",
+    "broadcast_pyobj",
+    "ShmcastError",
+    "ArenaError",
+    "ArenaFullError",
+    "ArenaGoneError",
+    "LayoutMismatchError",
+    "HandleError",
+    "StaleHandleError",
+    "IntegrityError",
+    "UnsupportedArrayError",
+    "GroupError",
+    "PeerLostError",
+    "GroupTimeoutError",
+    "MaterializeError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Late, so that what needs no group pays nothing for one.
+    if name == "Group":
+        from .group import Group
+
+        globals()[name] = Group
+        return Group
+    if name == "broadcast_pyobj":
+        from .compat import broadcast_pyobj
+
+        globals()[name] = broadcast_pyobj
+        return broadcast_pyobj
+    raise AttributeError(f"module 'shmcast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,355 @@
+"""Object trees as bytes: arrays leave the pickle and travel as handles, and come back as views.
+
+What `dumps` writes, integers little-endian::
+
+    4  magic "shmT"    1  version (1)    3  zero
+    8  low half of the XXH3-128 (seed 0) of all that follows
+    4  count of arrays that left the pickle; then, for each,
+       1  tag: 0 handle, 1 array        8  length of what follows
+       handle: see `handle`
+       array:  1 kind (0 numpy, 1 torch), 2 length of dtype, 1 dimensions, dtype, 8 for each dimension, the bytes
+    the rest: a pickle, protocol 5; where an array was, it calls ``shmcast.codec._block`` with the array's number
+"""
+
+import io
+import pickle
+from collections.abc import Iterable, Sequence
+from struct import Struct
+from struct import error as struct_error
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from . import _native, arrays, tensors
+from .arena import DEFAULT, Arena, Readers
+from .attach import ANYBODY, Lease, Origin, Peer, attach, lease_of
+from .errors import ArenaFullError, HandleError, UnsupportedArrayError
+from .handle import Handle
+
+MAGIC = b"shmT"
+VERSION = 1
+MIN_BYTES = 16384
+"""Smaller arrays stay in the pickle: they would share pages, and a handle costs about as much as their bytes."""
+
+_HEAD = Struct("<4sB3xQ")
+_COUNT = Struct("<I")
+_ENTRY = Struct("<BQ")
+_INLINE = Struct("<BHB")
+_HANDLE_TAG, _ARRAY_TAG = 0, 1
+_MASK_64 = (1 << 64) - 1
+
+OnFull: TypeAlias = Literal["raise", "inline"]
+
+
+class Encoded:
+    """What `encode` gives: the bytes to send, and what has been promised for them."""
+
+    def __init__(self, arena: Arena | None) -> None:
+        self._arena = arena
+        self.blob = b""
+        self.handles: list[Handle] = []
+        """Published by this call, in the encoder's arena."""
+        self.leases: list[Lease] = []
+        """Of blocks that were there before and have been passed on."""
+        self.inline_bytes = 0
+        """Bytes of arrays that travel in the blob though they are large enough for the arena."""
+
+    def withdraw(self) -> None:
+        """Take back what this call has published. For a blob that was never sent to anybody."""
+        if self._arena is not None and not self._arena.closed:
+            for handle in self.handles:
+                self._arena.withdraw(handle)
+        self.handles = []
+
+
+def dumps(
+    tree: Any,
+    arena: Arena | None = None,
+    *,
+    readers: Readers = 1,
+    min_bytes: int = MIN_BYTES,
+    on_full: OnFull = "raise",
+    grant_timeout: float | None = DEFAULT,
+    timeout: float = 0.0,
+) -> bytes:
+    """Bytes from which `loads`, in other processes of this host, makes an equal tree.
+
+    Any picklable tree. ndarrays and CPU tensors in it of at least ``min_bytes`` are published in ``arena`` and leave the
+    pickle; those that are views of blocks (what `loads` gave, or a lease) travel as they are, without a copy and also
+    without an arena. Without an arena all others stay in the pickle, as do arrays that can not be shared. Tensors arrive
+    detached; non-contiguous arrays arrive in C order.
+
+    ``readers``, ``grant_timeout``, ``timeout``: see `Arena.publish`. ``on_full="inline"``: what finds no room in the arena
+    travels in the bytes. Where this raises, nothing stays published."""
+    readers = readers if isinstance(readers, (int, str)) else tuple(readers)
+    return _encode(tree, arena, readers, False, grant_timeout, timeout, min_bytes, on_full).blob
+
+
+def encode(
+    tree: Any,
+    arena: Arena | None,
+    *,
+    tokens: Sequence[Peer],
+    keep: bool,
+    grant_timeout: float | None,
+    min_bytes: int = MIN_BYTES,
+    on_full: OnFull = "raise",
+    timeout: float = 0.0,
+) -> Encoded:
+    """`dumps` for readers that are named, with what was promised to them."""
+    return _encode(tree, arena, tuple(tokens), keep, grant_timeout, timeout, min_bytes, on_full)
+
+
+def loads(blob: "bytes | bytearray | memoryview") -> Any:
+    """The tree that `dumps` was given. Its large arrays are views of shared memory, which live as long as the arrays do:
+    read-only ndarrays, and tensors that copy what they write.
+
+    Unpickles: only for bytes from processes that you trust. HandleError (not from `dumps`, cut, changed, another host),
+    StaleHandleError, ArenaGoneError, ArenaError, UnsupportedArrayError (a tensor where torch is not installed)."""
+    raw = blob if isinstance(blob, bytes) else bytes(blob)
+    entries, pickle_at = _parse(raw)
+    things: list[Any] = []
+    failure: Exception | None = None
+    for tag, start, end in entries:
+        # All of them, also after one has failed: each was promised to us, and attaching is what ends the promise.
+        try:
+            things.append(_attached(raw[start:end]) if tag == _HANDLE_TAG else _inlined(raw, start, end))
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    stream = io.BytesIO(raw)
+    stream.seek(pickle_at)
+    return _Unpickler(stream, things).load()
+
+
+# ---- out
+
+
+class _Taken(NamedTuple):
+    """An array that has left the pickle."""
+
+    array: Any
+    origin: Origin | None
+    form: arrays.Form | None
+    """None where it is a view that has not been looked at as an array."""
+    inline: bool
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, stream: io.BytesIO, arena: Arena | None, min_bytes: int) -> None:
+        super().__init__(stream, protocol=5)
+        self._arena = arena
+        self._min_bytes = min_bytes
+        self.taken: list[_Taken] = []
+
+    def reducer_override(self, thing: Any) -> Any:
+        # Exact types: what a subclass adds is its own to pickle.
+        kind = type(thing)
+        if kind is arrays.NDARRAY:
+            return self._take(thing) if thing.nbytes >= self._min_bytes else NotImplemented
+        if kind is not tensors.tensor_type():
+            return NotImplemented
+        if tensors.size_bytes(thing) >= self._min_bytes:
+            return self._take(thing)
+        # torch pickles the storage: a small view would take all of a large block with it
+        return self._take(thing, inline=True) if tensors.is_small_part(thing) else NotImplemented
+
+    def _take(self, thing: Any, inline: bool = False) -> Any:
+        origin = form = None
+        try:
+            if not inline:
+                origin = lease_of(thing)
+            if origin is None:
+                if self._arena is None and not inline:
+                    return NotImplemented
+                form = tensors.describe(thing)
+        except UnsupportedArrayError:
+            return NotImplemented
+        self.taken.append(_Taken(thing, origin, form, inline))
+        return _block, (len(self.taken) - 1,)
+
+
+def _encode(
+    tree: Any,
+    arena: Arena | None,
+    readers: int | str | tuple[Peer, ...],
+    keep: bool,
+    grant_timeout: float | None,
+    timeout: float,
+    min_bytes: int,
+    on_full: OnFull,
+) -> Encoded:
+    if on_full not in ("raise", "inline"):
+        raise ValueError(f"dumps: on_full is 'raise' or 'inline', not {on_full!r}")
+    if arena is not None:
+        terms = arena.terms(readers, keep, grant_timeout, True)
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, arena, min_bytes)
+    pickler.dump(tree)
+    # Nothing has been published so far, so a tree that can not be pickled leaves nothing behind.
+    encoded = Encoded(arena)
+    entries: list[bytes | None] = [None] * len(pickler.taken)
+    try:
+        if arena is not None:
+            wanted = [number for number, taken in enumerate(pickler.taken) if taken.form and not taken.inline]
+            forms = [taken.form for taken in pickler.taken if taken.form and not taken.inline]
+            for number, handle in zip(wanted, _publish(arena, forms, terms, timeout, on_full, encoded), strict=True):
+                if handle is not None:
+                    entries[number] = handle.to_bytes()
+        for number, taken in enumerate(pickler.taken):
+            if taken.origin is not None:
+                entries[number] = _send_view(arena, taken.origin, readers, keep, grant_timeout, on_full, encoded)
+        parts: list[Any] = [_COUNT.pack(len(entries))]
+        for taken, entry in zip(pickler.taken, entries, strict=True):
+            if entry is not None:
+                parts += _ENTRY.pack(_HANDLE_TAG, len(entry)), entry
+            else:
+                form = taken.form or tensors.describe(taken.array)
+                encoded.inline_bytes += 0 if taken.inline else form.nbytes
+                parts += _inline_parts(form)
+        parts.append(stream.getbuffer())
+        body = b"".join(parts)
+        encoded.blob = _HEAD.pack(MAGIC, VERSION, _native.hash128(body) & _MASK_64) + body
+    except BaseException:
+        encoded.withdraw()
+        raise
+    return encoded
+
+
+def _publish(
+    arena: Arena, forms: list[arrays.Form], terms: Any, timeout: float, on_full: OnFull, encoded: Encoded
+) -> list[Handle | None]:
+    """Handles, None for what is to travel in the blob."""
+    handles: list[Handle | None] = []
+    try:
+        handles += arena.publish_forms(forms, terms, timeout) if forms else []
+    except ArenaFullError:
+        if on_full == "raise":
+            raise
+        for form in forms:
+            try:
+                handles += arena.publish_forms([form], terms, 0.0)
+            except ArenaFullError:
+                handles.append(None)
+            except BaseException:
+                encoded.handles += [handle for handle in handles if handle is not None]
+                raise
+    encoded.handles += [handle for handle in handles if handle is not None]
+    return handles
+
+
+def _send_view(
+    arena: Arena | None,
+    origin: Origin,
+    readers: int | str | tuple[Peer, ...],
+    keep: bool,
+    grant_timeout: float | None,
+    on_full: OnFull,
+    encoded: Encoded,
+) -> bytes | None:
+    handle = origin.handle
+    if arena is not None and handle.arena == arena.id:
+        try:
+            handle = arena.alias(handle, readers=readers, keep=keep, grant_timeout=grant_timeout)
+        except ArenaFullError:
+            if on_full == "raise":
+                raise
+            return None
+        encoded.handles.append(handle)
+        return handle.to_bytes()
+    origin.lease.grant_to(_named(arena, readers))
+    encoded.leases.append(origin.lease)
+    return handle.to_bytes()
+
+
+def _named(arena: Arena | None, readers: int | str | tuple[Peer, ...]) -> Iterable[Peer]:
+    if isinstance(readers, int):
+        return (ANYBODY,) if readers else ()
+    if isinstance(readers, str):
+        if arena is None:
+            raise ValueError("dumps: readers='all' means all that have joined the arena; none was given")
+        return arena.peers
+    return readers
+
+
+def _inline_parts(form: arrays.Form) -> list[Any]:
+    dtype = form.dtype.encode()
+    head = _INLINE.pack(form.kind == "torch", len(dtype), len(form.shape)) + dtype
+    head += b"".join(length.to_bytes(8, "little") for length in form.shape)
+    return [_ENTRY.pack(_ARRAY_TAG, len(head) + form.nbytes), head, arrays.contiguous(form)]
+
+
+# ---- in
+
+
+def _block(number: int) -> Any:
+    """Stands in a pickle where an array was; never called: the unpickler puts the array there itself."""
+    raise pickle.UnpicklingError(f"array {number} is outside of this pickle; shmcast.loads() reads it")
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, things: list[Any]) -> None:
+        super().__init__(stream)
+        self._things = things
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_block" and module == __name__:
+            return self._things.__getitem__
+        return super().find_class(module, name)
+
+
+def _parse(raw: bytes) -> tuple[list[tuple[int, int, int]], int]:
+    """``([(tag, start, end)], start of the pickle)``."""
+    if len(raw) < _HEAD.size + _COUNT.size:
+        raise HandleError(f"decode tree: {len(raw)} bytes, at least {_HEAD.size + _COUNT.size} are needed")
+    magic, version, check = _HEAD.unpack_from(raw)
+    if magic != MAGIC:
+        raise HandleError(f"decode tree: it starts with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise HandleError(f"decode tree: version {version}, this build reads {VERSION}")
+    found = _native.hash128(memoryview(raw)[_HEAD.size :]) & _MASK_64
+    if found != check:
+        raise HandleError(f"decode tree: its hash is {found:016x}, it says {check:016x}; it was cut or changed")
+    (count,) = _COUNT.unpack_from(raw, _HEAD.size)
+    at = _HEAD.size + _COUNT.size
+    entries: list[tuple[int, int, int]] = []
+    for number in range(count):
+        if at + _ENTRY.size > len(raw):
+            raise HandleError(f"decode tree: {len(raw)} bytes, array {number} of {count} starts at {at}")
+        tag, length = _ENTRY.unpack_from(raw, at)
+        at += _ENTRY.size
+        if tag not in (_HANDLE_TAG, _ARRAY_TAG) or length > len(raw) - at:
+            raise HandleError(f"decode tree: array {number} has tag {tag} and {length} bytes, {len(raw) - at} are left")
+        entries.append((tag, at, at + length))
+        at += length
+    return entries, at
+
+
+def _attached(raw: bytes) -> Any:
+    handle = Handle.from_bytes(raw)
+    lease = attach(handle)
+    return lease.array if handle.kind == "numpy" else lease.tensor()
+
+
+def _inlined(raw: bytes, start: int, end: int) -> Any:
+    """As if it had come through shared memory: a read-only ndarray, or a tensor."""
+    try:
+        is_torch, dtype_size, dimensions = _INLINE.unpack_from(raw, start)
+    except struct_error as error:
+        raise HandleError(f"decode tree: array of {end - start} bytes: {error}") from None
+    dtype_at = start + _INLINE.size
+    shape_at = dtype_at + dtype_size
+    data_at = shape_at + 8 * dimensions
+    if data_at > end:
+        raise HandleError(f"decode tree: array of {end - start} bytes, its head needs {data_at - start}")
+    dtype = raw[dtype_at:shape_at].decode(errors="replace")
+    shape = tuple([int.from_bytes(raw[at : at + 8], "little") for at in range(shape_at, data_at, 8)])
+    flat = arrays.copy(arrays.flat(memoryview(raw)[data_at:end], end - data_at))
+    if is_torch:
+        return tensors.over_bytes(flat, dtype, shape)
+    array = arrays.over(flat, dtype, shape)
+    if array.nbytes != end - data_at:
+        raise HandleError(
+            f"decode tree: dtype {dtype!r}, shape {shape} need {array.nbytes} bytes, {end - data_at} came"
+        )
+    arrays.seal(array)
+    return array

@@ -1,0 +1,87 @@
+"""`broadcast_pyobj`: the function of that name that serving engines broadcast requests with, over shared memory.
+
+The first call for a process group and a source makes a `Group`, which is collective, as the call itself is; it is used
+until its process group is destroyed or `close_groups` is called. Where the ranks do not share memory, or a process group
+moves no host memory, everything is pickled, as the engines do.
+"""
+
+import os
+from typing import Any
+
+from .group import Group
+
+MAX_BYTES_VARIABLE = "SHMCAST_MAX_BYTES"
+"""Environment variable: size of the arena of each group that is made here; "2GiB" where it is not set."""
+
+_groups: dict[tuple[int, int], tuple[Any, Group]] = {}
+"""By id of the process group and source. The process group is kept along, so that no other one gets its id."""
+
+
+def broadcast_pyobj(
+    data: list[Any] | None,
+    rank: int,
+    group: Any = None,
+    src: int = 0,
+    force_cpu_device: bool = True,
+    *,
+    dist_group: Any = None,
+) -> list[Any]:
+    """Broadcast a list of picklable objects from one rank of a process group to its others. Collective.
+
+    ``data``: on the source; elsewhere it is ignored and may be None. ``rank``: this process's rank in the default group.
+    ``group``: the cpu group, also as ``dist_group``; None: the default group. ``src``: the source's rank in the default
+    group, also where ``group`` is a part of it. ``force_cpu_device=False``: by torch alone, over the group's own device.
+
+    Returns ``data`` itself on the source, [] for None; on the other ranks what was sent, with large arrays as views: ndarrays
+    are read-only, tensors copy what they write. Raises as `Group.broadcast` and `Group` do; ValueError where ``rank`` or
+    ``src`` do not fit the group."""
+    from .channels import group as torch_groups
+
+    process_group = torch_groups.resolve(dist_group if group is None else group)
+    is_source = rank == src
+    entry = torch_groups.rank_in(process_group, src)
+    if is_source != (torch_groups.rank_of(process_group) == entry):
+        raise ValueError(
+            f"broadcast_pyobj: rank {rank} and src {src} are ranks in the default group, where this process has rank "
+            f"{torch_groups.global_rank()}"
+        )
+    if is_source and data is None:
+        data = []
+    if not force_cpu_device or not torch_groups.has_cpu(process_group):
+        received = torch_groups.broadcast_object(data if is_source else None, process_group, src)
+    else:
+        received = _group_for(process_group, src, entry).broadcast(data, local=True)
+    if is_source and data is not None:
+        return data
+    result: list[Any] = received
+    return result
+
+
+def close_groups() -> None:
+    """Close all groups that were made here, with their arenas. Views stay valid. Not collective; a later call makes new
+    groups, so all ranks of a process group do it between the same two calls."""
+    while _groups:
+        _, (_, group) = _groups.popitem()
+        group.close()
+
+
+def _group_for(process_group: Any, src: int, entry: int) -> Group:
+    key = (id(process_group), src)
+    found = _groups.get(key)
+    if found is not None:
+        return found[1]
+    _close_destroyed()
+    group = Group(
+        process_group, entry, max_bytes=os.environ.get(MAX_BYTES_VARIABLE) or "2GiB", fallback="object", channel="auto"
+    )
+    _groups[key] = process_group, group
+    return group
+
+
+def _close_destroyed() -> None:
+    from .channels.group import is_alive
+
+    for key, (process_group, group) in list(_groups.items()):
+        if not is_alive(process_group):
+            del _groups[key]
+            group.close()

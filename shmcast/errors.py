@@ -1,0 +1,72 @@
+"""Everything that shmcast raises on purpose. Each is also the built-in by which a caller who does not know us catches it.
+
+::
+
+    ShmcastError(Exception)
+    ├── ArenaError(OSError)              an arena can not be made, joined or used
+    │   ├── ArenaFullError               no room in the arena, or in /dev/shm
+    │   ├── ArenaGoneError               its owner closed it, or died and was swept
+    │   └── LayoutMismatchError          what lies there is not an arena that this build reads
+    ├── HandleError(ValueError)          not a handle, or not one of this host
+    │   └── StaleHandleError             the block that it names is gone
+    ├── IntegrityError(ValueError)       bytes and hash differ
+    ├── UnsupportedArrayError(TypeError) an array that can not lie in shared memory as it is
+    ├── GroupError(RuntimeError)         the ranks of a group can not go on together
+    │   ├── PeerLostError                a process is not there (any more)
+    │   └── GroupTimeoutError(TimeoutError)
+    └── MaterializeError(RuntimeError)   a raw request could not be turned into arrays
+
+A message says action, object and both values, and what to do where there is something to do.
+"""
+
+
+class ShmcastError(Exception):
+    """Base of everything below."""
+
+
+class ArenaError(ShmcastError, OSError):
+    """An arena can not be made, joined or used; ``errno`` is set where the system gave one."""
+
+
+class ArenaFullError(ArenaError):
+    """There is no room: every byte, slot or segment that the arena may have is in use, or /dev/shm is full."""
+
+
+class ArenaGoneError(ArenaError):
+    """The arena was closed by its owner, or the owner died and it was swept. Leases that exist stay valid."""
+
+
+class LayoutMismatchError(ArenaError):
+    """The file is no control segment, or one of another format, or something has cut it."""
+
+
+class HandleError(ShmcastError, ValueError):
+    """The bytes are not a handle, or the handle is not of this host, arena or block."""
+
+
+class StaleHandleError(HandleError):
+    """The block that the handle names was reused or freed: every claim on it had ended."""
+
+
+class IntegrityError(ShmcastError, ValueError):
+    """Bytes do not have the hash that was published with them."""
+
+
+class UnsupportedArrayError(ShmcastError, TypeError):
+    """The array can not lie in shared memory as it is; the message says what to pass instead."""
+
+
+class GroupError(ShmcastError, RuntimeError):
+    """The ranks of a group can not go on together."""
+
+
+class PeerLostError(GroupError):
+    """A process that was named has died, or has not joined the arena."""
+
+
+class GroupTimeoutError(GroupError, TimeoutError):
+    """A rank did not come in time; the message names it."""
+
+
+class MaterializeError(ShmcastError, RuntimeError):
+    """A raw request could not be turned into arrays."""

@@ -1,0 +1,176 @@
+"""The data segments of one arena, as its owner sees them: adding, giving back, and what to say when there is no room."""
+
+import errno
+import os
+import threading
+import weakref
+
+from . import _native, arrays, names
+from .errors import ArenaFullError
+from .sizes import format_bytes
+
+SEGMENT_LEAST = 16 << 20
+SEGMENT_MOST = 1 << 30
+_WAKE_LEAST = 1 << 20
+
+
+def pages(nbytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-nbytes // _native.PAGE_BYTES) * _native.PAGE_BYTES
+
+
+def default_segment_bytes(max_bytes: int) -> int:
+    """An eighth of the arena, within 16 MiB and 1 GiB, and no more than the arena."""
+    return min(pages(min(max(max_bytes // 8, SEGMENT_LEAST), SEGMENT_MOST)), max_bytes)
+
+
+class Segments:
+    """The data segments of an arena. `lock` is held by whoever changes them."""
+
+    def __init__(
+        self, owner: _native.Owner, namespace: str, arena: int, max_bytes: int, segment_bytes: int, idle_ns: int
+    ) -> None:
+        self.owner = owner
+        self.namespace = namespace
+        self.arena = arena
+        self.max_bytes = max_bytes
+        self.segment_bytes = segment_bytes
+        self.idle_ns = idle_ns
+        self.lock = threading.RLock()
+        self._number = 0
+        self._pins: list[tuple[int, weakref.ref[arrays.Span]]] = []
+
+    def pin(self, number: int, span: arrays.Span) -> None:
+        """While arrays over ``span`` live, a segment stays mapped though no block lies in it any more."""
+        self._pins = [entry for entry in self._pins if entry[1]() is not None]
+        self._pins.append((number, weakref.ref(span)))
+
+    def name(self, number: int) -> str:
+        return names.segment_name(self.namespace, self.arena, number)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that segments may still be added for."""
+        return self.max_bytes - sum(size for _, size, _, _ in self.owner.segments())
+
+    def add(self, size: int) -> None:
+        """One more segment of ``size`` bytes, a multiple of the page: created, reserved, mapped and prefaulted.
+
+        OSError with ENOSPC where /dev/shm has no room, ArenaFullError where the format has none; nothing is left then."""
+        with self.lock:
+            self._number += 1
+            name = self.name(self._number)
+            fd = names.create(name)
+            try:
+                self.owner.add_segment(self._number, fd, size)
+            except BaseException:
+                names.unlink(name)
+                raise
+            finally:
+                os.close(fd)
+
+    def grow(self, nbytes: int) -> bool:
+        """Add a segment that a block of ``nbytes`` fits in; idle segments make way for it if need be. False where the
+        arena may not have that much, OSError with ENOSPC where the host does not have it."""
+        need = max(pages(nbytes), _native.PAGE_BYTES)
+        with self.lock:
+            budget = self.budget
+            if budget < need:
+                idle = [(number, size) for number, size, used, _ in self.owner.segments() if not used]
+                if budget + sum(size for _, size in idle) < need:
+                    return False
+                for number, size in idle:
+                    if budget < need and self.retire(number):
+                        budget += size
+                if budget < need:
+                    return False
+            size = min(max(self.segment_bytes, need), budget)
+            while True:
+                try:
+                    self.add(size)
+                    return True
+                except OSError as error:
+                    if error.errno != errno.ENOSPC or size <= need:
+                        raise
+                    size = max(pages(size // 2), need)
+
+    def retire(self, number: int) -> bool:
+        """Give an idle segment back to the host; False where it is in use, or its pages are pinned."""
+        with self.lock:
+            if any(pinned == number and span() is not None for pinned, span in self._pins):
+                return False
+            if not self.owner.retire_segment(number):
+                return False
+            names.unlink(self.name(number))
+            return True
+
+    def retire_idle(self, now_ns: int) -> int | None:
+        """Give back what has been idle for long, the first segment excepted, and not if that leaves little room.
+
+        Returns ns until there may be something to give back; None where one segment is left."""
+        with self.lock:
+            segments = self.owner.segments()
+            used = sum(used for _, _, used, _ in segments)
+            reserved = sum(size for _, size, _, _ in segments)
+            wait = None
+            for number, size, _, idle_since in segments[1:]:
+                left = idle_since + self.idle_ns - now_ns if idle_since else self.idle_ns
+                if left > 0 or (reserved - size - used) * 4 < used or not self.retire(number):
+                    left = left if left > 0 else self.idle_ns
+                    wait = left if wait is None else min(wait, left)
+                else:
+                    reserved -= size
+            return wait
+
+    def grow_ahead(self) -> int:
+        """Add a segment if what is warm and free is less than a quarter of what is used. Returns how many bytes may be
+        published before the next look."""
+        with self.lock:
+            stats = self.owner.stats()
+            if not stats:
+                return 1 << 62
+            free, used = stats["free_bytes"], stats["used_bytes"]
+            size = min(self.segment_bytes, self.budget)
+            if size < min(SEGMENT_LEAST, self.segment_bytes):
+                return 1 << 62
+            if free * 4 < used:
+                try:
+                    self.add(size)
+                    free += size
+                except OSError:
+                    pass  # /dev/shm has no room for it now; whoever needs the memory says so
+            return max((free - used // 4) // 2, _WAKE_LEAST)
+
+    def unlink_all(self) -> None:
+        """End of the arena: data segments first, the control segment last."""
+        with self.lock:
+            for number in range(self._number, -1, -1):
+                names.unlink(self.name(number))
+
+    def full(self, action: str, nbytes: int, waited: float) -> ArenaFullError:
+        """The error that says how full the arena is and what to do."""
+        stats = self.owner.stats()
+        if nbytes > self.max_bytes:
+            advice = "create the arena with a larger max_bytes"
+        else:
+            short = "max_blocks" if stats and stats["slots_used"] == stats["slots"] else "max_bytes"
+            advice = f"release handles and leases sooner, wait with timeout=, or create the arena with a larger {short}"
+        return ArenaFullError(
+            errno.ENOSPC,
+            f"{action} {format_bytes(nbytes)} in arena {self.name(0)[:-2]}: used {stats.get('used_bytes', 0)} of "
+            f"{stats.get('reserved_bytes', 0)} reserved, max_bytes {self.max_bytes}, largest free "
+            f"{stats.get('largest_free_bytes', 0)}, slots {stats.get('slots_used', 0)} of {stats.get('slots', 0)}"
+            + (f", waited {waited:.3f} s" if waited else "")
+            + f"; {advice}",
+        )
+
+
+def host_full(action: str, nbytes: int) -> ArenaFullError:
+    """The error for a /dev/shm without room."""
+    free, total = names.room()
+    return ArenaFullError(
+        errno.ENOSPC,
+        f"{action} {format_bytes(nbytes)}: {names.DIRECTORY} has {free} bytes free of {total}; enlarge it (Docker: "
+        "--shm-size, Kubernetes: an emptyDir with medium Memory), remove what others left there, or ask for less "
+        "(max_bytes, segment_bytes)",
+    )

@@ -1,0 +1,215 @@
+"""How a group comes about: its ranks find out, all together, whether they share memory.
+
+::
+
+    entry rank                                   other ranks
+    open the arena, publish a random probe
+    hello: the probe's handle and contents  ──►  join the arena, map it, read the probe
+    ◄────────  answers, to all: could I, or why not; my token; what I have read  ────────►
+    every rank judges the same answers, so all of them come to the same end
+
+A host name would prove nothing: containers have the same one, and a container may have a /dev/shm of its own. The hello
+is JSON. An answer is `_ANSWER`, or a zero byte and the reason, UTF-8.
+"""
+
+import json
+import os
+import weakref
+from dataclasses import dataclass
+from struct import Struct
+from struct import error as struct_error
+from typing import Any, Literal, TypeAlias
+
+from . import _native, arrays, process
+from .arena import Arena
+from .attach import Peer, attach
+from .channels import RECORD_BYTES, Rendezvous
+from .errors import GroupError
+from .handle import Handle
+
+Fallback: TypeAlias = Literal["raise", "object"]
+
+_PROBE_BYTES = 64
+_ANSWER = Struct(f"<BQQ16s{_PROBE_BYTES}s")
+_KEYS = {"probe", "secret", "nonce", "owned", "fallback"}
+
+_serving: "weakref.WeakSet[Arena]" = weakref.WeakSet()
+"""Arenas of this process that a group uses: the step words of an arena tell about one group."""
+
+
+@dataclass
+class Memory:
+    """What one rank has of the memory that a group shares."""
+
+    member: _native.Member
+    """This process in the arena."""
+    peers: tuple[Peer, ...]
+    """Tokens of all ranks."""
+    arena: Arena | None
+    """On the entry rank."""
+    owned: bool
+    """Whether the arena ends with the group."""
+    key: process.Key | None
+    """Of the membership, where it ends with the group."""
+
+    def release(self, handles: list[Handle]) -> None:
+        """On the entry rank: end the arena's own hold on blocks."""
+        if self.arena is not None and not self.arena.closed:
+            for handle in handles:
+                self.arena.release(handle)
+
+    def withdraw(self, handles: list[Handle]) -> None:
+        """On the entry rank: take back what no rank will take any more."""
+        if self.arena is not None and not self.arena.closed:
+            for handle in handles:
+                self.arena.withdraw(handle)
+
+    def give_up(self) -> None:
+        """End this rank's part."""
+        _give_up(self.arena, self.owned, self.key)
+
+
+class _Opened:
+    """What this rank has opened so far, and has to give up if it comes to nothing."""
+
+    arena: Arena | None = None
+    owned = False
+    key: process.Key | None = None
+    member: _native.Member | None = None
+
+
+def meet(
+    rendezvous: Rendezvous, arena: Arena | None, max_bytes: int | str, fallback: Fallback, timeout: float | None
+) -> tuple[Memory | None, str]:
+    """Collective. The memory that all ranks share, or None, and why, if the entry rank's ``fallback`` is "object".
+
+    GroupError on every rank with the same text if they do not share memory; GroupTimeoutError, PeerLostError. Nothing is
+    left behind then."""
+    opened = _Opened()
+    try:
+        memory, refusal = _meet(rendezvous, opened, arena, max_bytes, fallback, timeout)
+    except BaseException:
+        _give_up(opened.arena, opened.owned, opened.key)
+        raise
+    if memory is None:
+        _give_up(opened.arena, opened.owned, opened.key)
+    return memory, refusal
+
+
+def _meet(
+    rendezvous: Rendezvous,
+    opened: _Opened,
+    arena: Arena | None,
+    max_bytes: int | str,
+    fallback: Fallback,
+    timeout: float | None,
+) -> tuple[Memory | None, str]:
+    first, cause, probe = b"", None, None
+    at_entry = rendezvous.rank == rendezvous.entry
+    if at_entry:
+        try:
+            probe, hello = _open(opened, arena, max_bytes)
+        except Exception as error:
+            cause = error
+            hello = {"error": f"{type(error).__name__}: {error}"[:RECORD_BYTES]}
+        first = json.dumps({**hello, "fallback": fallback}).encode()
+    hello = _read_hello(rendezvous.broadcast(first, timeout=timeout))
+    answers = rendezvous.gather(_answer(hello, opened, at_entry), timeout=timeout)
+    if opened.arena is not None and probe is not None:
+        opened.arena.release(probe)
+    refusals, tokens = _judge(hello, answers, rendezvous.entry)
+    if not refusals and opened.member is not None:
+        return Memory(opened.member, tuple(tokens), opened.arena, opened.owned, opened.key), ""
+    text = "; ".join(refusals)
+    if hello["fallback"] == "object":
+        return None, text
+    raise GroupError(
+        f"make a group: its {rendezvous.size} ranks do not share memory: {text}. All of them have to be on one host and to "
+        "see one /dev/shm; fallback='object' sends pickles instead"
+    ) from cause
+
+
+def _open(opened: _Opened, arena: Arena | None, max_bytes: int | str) -> tuple[Handle, dict[str, Any]]:
+    """On the entry rank: the arena, and a block in it that proves that the others see it."""
+    if arena is None:
+        arena = Arena.create(max_bytes)
+        opened.owned = True
+    elif arena in _serving:
+        raise ValueError(f"{arena!r} serves another group already")
+    opened.arena = arena
+    _serving.add(arena)
+    secret = os.urandom(_PROBE_BYTES)
+    probe = arena.publish(arrays.flat(bytearray(secret), _PROBE_BYTES), readers=0, keep=True)
+    hello = {"secret": secret.hex(), "nonce": arena.nonce.hex(), "owned": opened.owned}
+    return probe, {"probe": probe.to_bytes().hex(), **hello}
+
+
+def _answer(hello: dict[str, Any], opened: _Opened, at_entry: bool) -> bytes:
+    """Join, map and read; what this rank found goes to all."""
+    if "error" in hello:
+        return b"\0"
+    try:
+        handle = Handle.from_bytes(bytes.fromhex(hello["probe"]))
+        key = handle[:3]
+        known = key in process.members
+        member = opened.member = process.join(key)
+        if not at_entry and (hello["owned"] or not known):
+            opened.key = key
+        with attach(handle) as lease:
+            seen = lease.array.tobytes()
+        # Before the answer, so that nobody takes what an earlier group left here for ours; "failed at 0" means never.
+        member.set_step(0, True)
+        # Off the hot path: the page tables of what is warm already.
+        member.map_segment(handle.segment, True)
+        return _ANSWER.pack(1, _native.process_token(), member.index, member.nonce, seen)
+    except Exception as error:
+        return b"\0" + f"{type(error).__name__}: {error}".encode()[: RECORD_BYTES - 1]
+
+
+def _judge(hello: dict[str, Any], answers: list[bytes], entry: int) -> tuple[list[str], list[Peer]]:
+    """What speaks against sharing, the same list on every rank, and the tokens of the ranks."""
+    if "error" in hello:
+        return [f"rank {entry}, the entry rank, has no arena: {hello['error']}"], []
+    refusals: list[str] = []
+    tokens: list[Peer] = []
+    for rank, answer in enumerate(answers):
+        try:
+            if answer[:1] != b"\1":
+                refusals.append(f"rank {rank}: {answer[1:].decode(errors='replace')}")
+                continue
+            _, token, _, nonce, seen = _ANSWER.unpack(answer)
+        except struct_error:
+            refusals.append(f"rank {rank}: an answer of {len(answer)} bytes, {_ANSWER.size} were expected")
+            continue
+        tokens.append(token)
+        for what, found, expected in (
+            ("control segment", nonce.hex(), hello["nonce"]),
+            ("probe", seen.hex(), hello["secret"]),
+        ):
+            if found != expected:
+                refusals.append(
+                    f"rank {rank}: it reads {found[:16]} in its {what}, not {expected[:16]}: other memory by the same name"
+                )
+    if not refusals and len(set(tokens)) != len(tokens):
+        refusals.append(f"ranks are one process: tokens {[f'{token:016x}' for token in tokens]}")
+    return refusals, tokens
+
+
+def _read_hello(raw: bytes) -> dict[str, Any]:
+    try:
+        hello = json.loads(raw)
+        if "error" in hello or hello.keys() >= _KEYS:
+            return dict(hello)
+        raise ValueError(f"it has the keys {sorted(hello)}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GroupError(f"make a group: the entry rank's first message is no hello: {error}") from None
+
+
+def _give_up(arena: Arena | None, owned: bool, key: process.Key | None) -> None:
+    if arena is not None:
+        _serving.discard(arena)
+        if owned:
+            arena.close()
+    elif key is not None:
+        # Not `leave`: views that exist hold on to the membership until they are gone.
+        process.forget(key)

@@ -1,0 +1,153 @@
+"""What segments are called, and the only door to posix_ipc, which creates, opens and unlinks them.
+
+``/shmcast.<namespace>.<arena id, 16 hex digits>.<n>``: number 0 is the control segment of an arena, 1, 2, ... are its
+data segments. A name is never used twice; whoever opens one checks that it still means the same file.
+"""
+
+import errno
+import functools
+import os
+import re
+import stat
+from typing import NamedTuple
+
+import posix_ipc
+
+from . import _native
+from .errors import ArenaError
+
+DIRECTORY = "/dev/shm"
+NAMESPACE_VARIABLE = "SHMCAST_NAMESPACE"
+CONTROL = 0
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
+_FILE = re.compile(r"shmcast\.([A-Za-z0-9_-]{1,32})\.([0-9a-f]{16})\.(0|[1-9][0-9]{0,9})", re.ASCII)
+
+
+class Found(NamedTuple):
+    """A segment that exists: whose it is and which one."""
+
+    namespace: str
+    arena: int
+    number: int
+
+
+def check_namespace(namespace: str) -> str:
+    """The same text, or ValueError where it can not be part of a name."""
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
+        raise ValueError(f"namespace {namespace!r}: 1 to 32 of the characters A-Z a-z 0-9 _ - are allowed")
+    return namespace
+
+
+def default_namespace() -> str:
+    """SHMCAST_NAMESPACE, or the user id where that is not set."""
+    given = os.environ.get(NAMESPACE_VARIABLE)
+    if not given:
+        return str(os.getuid())
+    try:
+        return check_namespace(given)
+    except ValueError as error:
+        raise ValueError(f"{NAMESPACE_VARIABLE}: {error}") from None
+
+
+def segment_name(namespace: str, arena: int, number: int) -> str:
+    """Name of a segment as POSIX wants it, with the leading slash."""
+    return f"/shmcast.{namespace}.{arena:016x}.{number}"
+
+
+def create(name: str) -> int:
+    """Create an empty segment that did not exist and return its descriptor. FileExistsError, OSError."""
+    return _open(name, posix_ipc.O_CREX, read_only=False)
+
+
+def open_writable(name: str) -> int:
+    """Open a segment for reading and writing. FileNotFoundError, PermissionError, ArenaError (not a regular file)."""
+    return _checked(name, _open(name, 0, read_only=False))
+
+
+def open_readable(name: str) -> int:
+    """Open a segment for reading. Raises as `open_writable` does."""
+    return _checked(name, _open(name, 0, read_only=True))
+
+
+def unlink(name: str) -> bool:
+    """Take a name away; False where it was gone already. Mappings of the segment stay what they are."""
+    try:
+        posix_ipc.unlink_shared_memory(name)
+    except posix_ipc.ExistentialError:
+        return False
+    except posix_ipc.PermissionsError:
+        raise PermissionError(errno.EACCES, "unlink segment: it belongs to another user", name) from None
+    return True
+
+
+def is_current(name: str, fd: int) -> bool:
+    """Whether the name still means the file behind ``fd``, and not nothing or a later file of that name."""
+    try:
+        now = os.stat(DIRECTORY + name, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (now.st_dev, now.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def exists(name: str) -> bool:
+    """Whether there is a file of that name."""
+    return os.path.lexists(DIRECTORY + name)
+
+
+def size_bytes(name: str) -> int:
+    """Length of a segment in bytes, 0 where it is gone."""
+    try:
+        return os.stat(DIRECTORY + name, follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def listing(namespace: str | None = None) -> list[Found]:
+    """The segments that exist now, of one namespace or of all, in no order."""
+    try:
+        files = os.listdir(DIRECTORY)
+    except FileNotFoundError:
+        return []
+    prefix = "shmcast." if namespace is None else f"shmcast.{namespace}."
+    found = (_FILE.fullmatch(file) for file in files if file.startswith(prefix))
+    return [Found(match[1], int(match[2], 16), int(match[3])) for match in found if match]
+
+
+def room() -> tuple[int, int]:
+    """``(free, total)`` bytes of /dev/shm; both 0 where it can not be asked."""
+    try:
+        system = os.statvfs(DIRECTORY)
+    except OSError:
+        return 0, 0
+    return system.f_bavail * system.f_frsize, system.f_blocks * system.f_frsize
+
+
+@functools.cache
+def host_id() -> int:
+    """64 bits that name this boot of this host, the same in all its containers: handles of another one are refused."""
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return _native.hash128(file.read().strip()) & (1 << 64) - 1
+
+
+def _open(name: str, flags: int, *, read_only: bool) -> int:
+    try:
+        fd: int = posix_ipc.SharedMemory(name, flags, mode=0o600, size=0, read_only=read_only).fd
+    except posix_ipc.ExistentialError:
+        if flags:
+            raise FileExistsError(errno.EEXIST, "create segment", name) from None
+        raise FileNotFoundError(errno.ENOENT, "open segment", name) from None
+    except posix_ipc.PermissionsError:
+        raise PermissionError(errno.EACCES, "open segment: it belongs to another user", name) from None
+    except ValueError:
+        raise ArenaError(errno.EINVAL, f"open segment {name}: it is a directory, or something else that is no file") from None
+    return fd
+
+
+def _checked(name: str, fd: int) -> int:
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise ArenaError(errno.EINVAL, f"open segment {name}: mode {mode:#o} is not that of a regular file")
+    return fd

@@ -1,0 +1,127 @@
+"""What this process has joined: one membership an arena, made when the first handle of it is attached.
+
+A forked child starts with none: what it inherited it may not use (see `_native.Member.inherited`).
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+
+from . import _native, names
+from .errors import ArenaError, ArenaGoneError, HandleError
+
+Key = tuple[str, int, int]
+"""(namespace, arena id, host): the first three fields of a handle."""
+
+members: dict[Key, _native.Member] = {}
+"""Read by `attach` on its fast path; written only here."""
+
+fork_guard = threading.RLock()
+"""Held while a descriptor is open whose lock must end with this process: a child forked meanwhile would keep it alive."""
+
+_JOIN_ATTEMPTS = 8
+
+
+def opener(namespace: str, arena: int) -> Callable[[int], int]:
+    """How the core opens segments of an arena: number 0 for reading and writing, afresh, the others for reading."""
+
+    def open_segment(number: int) -> int:
+        name = names.segment_name(namespace, arena, number)
+        return names.open_readable(name) if number else names.open_writable(name)
+
+    return open_segment
+
+
+def join(key: Key) -> _native.Member:
+    """This process's membership in an arena; joins it if need be.
+
+    HandleError (another host), ArenaGoneError, LayoutMismatchError, ArenaError (not ready, no byte free, no permission)."""
+    namespace, arena, host = key
+    if host != names.host_id():
+        raise HandleError(
+            f"attach: the handle is of host {host:016x}, this is host {names.host_id():016x}; shared memory does not "
+            "leave its host, and a reboot ends it"
+        )
+    with fork_guard:
+        member = members.get(key)
+        if member is None or member.inherited or member.ended:
+            _forget_ended()
+            member = members[key] = _join(namespace, arena)
+    return member
+
+
+def adopt(key: Key, member: _native.Member) -> None:
+    """Make the owner's own membership known, so that it attaches what it has published itself."""
+    with fork_guard:
+        members[key] = member
+
+
+def forget(key: Key) -> None:
+    """Drop a membership; leases that exist keep it alive until they are gone."""
+    with fork_guard:
+        members.pop(key, None)
+
+
+def leave(namespace: str, arena: int) -> None:
+    """Give this process's byte of an arena up at once. Leases that exist must be gone; the owner closes instead."""
+    with fork_guard:
+        member = members.pop((namespace, arena, names.host_id()), None)
+    if member is not None and member.index != 0:
+        member.leave()
+
+
+def leave_all() -> None:
+    """Leave every arena that this process does not own."""
+    for namespace, arena, _ in [key for key, member in members.items() if member.index != 0]:
+        leave(namespace, arena)
+
+
+def _forget_ended() -> None:
+    for key, member in list(members.items()):
+        if member.inherited or member.ended:
+            del members[key]
+
+
+def _join(namespace: str, arena: int) -> _native.Member:
+    name = names.segment_name(namespace, arena, names.CONTROL)
+    for _ in range(_JOIN_ATTEMPTS):
+        try:
+            map_fd = names.open_writable(name)
+        except FileNotFoundError:
+            raise ArenaGoneError(
+                errno.ENOENT,
+                f"attach: there is no arena {name} on this host: its owner closed it or died and it was swept, or this "
+                "process does not see the owner's /dev/shm",
+            ) from None
+        except PermissionError as error:
+            raise ArenaError(errno.EACCES, f"attach: open arena {name}: {error.strerror}") from None
+        try:
+            # A description of its own: the lock must not live on in what a forked child inherits through the mapping.
+            lock_fd = names.open_writable(name)
+        except FileNotFoundError:
+            os.close(map_fd)
+            continue
+        try:
+            if os.path.sameopenfile(map_fd, lock_fd):
+                return _native.Member.join(map_fd, lock_fd, opener(namespace, arena), arena)
+        except ArenaError as error:
+            raise type(error)(f"open {name}: {error}") from None
+        finally:
+            os.close(map_fd)
+            os.close(lock_fd)
+    raise ArenaError(errno.EAGAIN, f"attach: {name} was replaced {_JOIN_ATTEMPTS} times while it was being opened")
+
+
+def _start_afresh() -> None:
+    global fork_guard
+    fork_guard = threading.RLock()
+    members.clear()
+
+
+# Looked up at the time, as a child has another guard than its parent.
+os.register_at_fork(
+    before=lambda: fork_guard.acquire(),
+    after_in_parent=lambda: fork_guard.release(),
+    after_in_child=_start_afresh,
+)
