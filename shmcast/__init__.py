@@ -8,6 +8,7 @@ from . import _native
 from .arena import Arena
 from .attach import Lease, attach, digest, process_token
 from .codec import dumps, loads
+from .compat import broadcast_pyobj
 from .errors import (
     ArenaError,
     ArenaFullError,
@@ -23,6 +24,7 @@ from .errors import (
     StaleHandleError,
     UnsupportedArrayError,
 )
+from .group import Group
 from .handle import Handle
 from .reservation import Reservation
 from .sweep import SweepReport, sweep
@@ -61,22 +63,3 @@ __all__ = [
     "MaterializeError",
     "__version__",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # Late, so that what needs no group pays nothing for one.
-    if name == "Group":
-        from .group import Group
-
-        globals()[name] = Group
-        return Group
-    if name == "broadcast_pyobj":
-        from .compat import broadcast_pyobj
-
-        globals()[name] = broadcast_pyobj
-        return broadcast_pyobj
-    raise AttributeError(f"module 'shmcast' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

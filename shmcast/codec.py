@@ -14,6 +14,7 @@ What `dumps` writes, integers little-endian::
 import io
 import pickle
 from collections.abc import Iterable, Sequence
+from functools import partial
 from struct import Struct
 from struct import error as struct_error
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -115,7 +116,11 @@ def loads(blob: "bytes | bytearray | memoryview") -> Any:
         except Exception as error:
             failure = failure or error
     if failure is not None:
-        raise failure
+        things.clear()  # a traceback that somebody keeps must not keep leases
+        try:
+            raise failure
+        finally:
+            del failure
     stream = io.BytesIO(raw)
     stream.seek(pickle_at)
     return _Unpickler(stream, things).load()
@@ -293,8 +298,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_block" and module == __name__:
-            return self._things.__getitem__
+            # not a method of ours: the unpickler's memo keeps it, and a cycle would keep every lease
+            return partial(_thing, self._things)
         return super().find_class(module, name)
+
+
+def _thing(things: list[Any], number: int) -> Any:
+    if not isinstance(number, int) or not 0 <= number < len(things):
+        raise HandleError(f"decode tree: its pickle names array {number!r}, it has {len(things)}")
+    return things[number]
 
 
 def _parse(raw: bytes) -> tuple[list[tuple[int, int, int]], int]:

@@ -215,7 +215,7 @@ class Group:
             self._memory.arena,
             tokens=self._others,
             keep=True,
-            grant_timeout=None,
+            grant_timeout=0.001,
             min_bytes=self._min_bytes,
             on_full="inline",
         )
@@ -359,11 +359,22 @@ class Group:
         return GroupError(text if cause is None else f"{text}; {cause}")
 
     def _dead(self) -> list[int]:
-        """Ranks whose process has died or left; costs some 10 µs each."""
+        """Ranks whose process has died; else ranks that have left, which is also what the dead look like once they have
+        been swept. Costs some 10 µs a rank."""
         member = self._member
         if member is None:
             return []
-        return [rank for rank, token in enumerate(self.peers) if token != self._token and not member.alive(token)]
+        there = member.tokens()
+        others = [rank for rank, token in enumerate(self.peers) if token != self._token]
+        died = [rank for rank in others if self.peers[rank] in there and not self._lives(member, rank)]
+        return died or [rank for rank in others if self.peers[rank] not in there]
+
+    def _lives(self, member: _native.Member, rank: int) -> bool:
+        try:
+            return member.alive(self.peers[rank])
+        except OSError:
+            # The arena's name is gone: the entry rank closed it, or it died and was swept. Of the others nothing is known.
+            return rank != self.entry
 
     def _ended(self) -> list[int]:
         """Ranks that will not take in the message that is due."""
@@ -382,10 +393,8 @@ class Group:
         if member is None:
             return []
         words = member.steps()
-        found = [(rank, words.get(token, _ABSENT)[0], token) for rank, token in enumerate(self.peers)]
-        return [
-            (rank, at) for rank, at, token in found if at < word and token != self._token and member.alive(token)
-        ]
+        found = [(rank, words.get(token, _ABSENT)[0]) for rank, token in enumerate(self.peers) if token != self._token]
+        return [(rank, at) for rank, at in found if at < word and self._lives(member, rank)]
 
     # ---- the end
 
@@ -432,9 +441,12 @@ def _torch_is_initialised() -> bool:
 
 
 def _describe_error(error: BaseException) -> bytes:
-    return _ERROR + json.dumps(
-        {"type": type(error).__name__, "text": str(error), "traceback": "".join(traceback.format_exception(error))}
-    ).encode()
+    return (
+        _ERROR
+        + json.dumps(
+            {"type": type(error).__name__, "text": str(error), "traceback": "".join(traceback.format_exception(error))}
+        ).encode()
+    )
 
 
 def _error_text(blob: bytes, entry: int) -> str:

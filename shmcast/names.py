@@ -141,7 +141,9 @@ def _open(name: str, flags: int, *, read_only: bool) -> int:
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, "open segment: it belongs to another user", name) from None
     except ValueError:
-        raise ArenaError(errno.EINVAL, f"open segment {name}: it is a directory, or something else that is no file") from None
+        raise ArenaError(
+            errno.EINVAL, f"open segment {name}: it is a directory, or something else that is no file"
+        ) from None
     return fd
 
 

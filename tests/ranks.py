@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from child import Child, ChildFailedError, Link
+from child import Child, ChildFailedError, Link, LinkClosedError
 
 
 @dataclasses.dataclass
@@ -116,7 +116,9 @@ def serve(parent: Link, rank: int, size: int, store: str) -> None:
             try:
                 here = Rank(sorted(chosen).index(rank), len(chosen), group, tuple(sorted(chosen)), parent)
                 result = ("done", getattr(_module(path), name)(here, *args))
-            except Exception:
+            except (KeyboardInterrupt, SystemExit, LinkClosedError):
+                raise
+            except BaseException:  # what pytest raises is no Exception
                 result = ("failed", traceback.format_exc())
             # A rank that keeps its group's sockets open keeps others, who wait on them, from destroying theirs.
             here = None

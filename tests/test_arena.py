@@ -270,7 +270,11 @@ def test_views_of_a_block_are_published_without_a_copy(arena) -> None:
     part = arena.publish(seen[100:])
     assert part.offset != handle.offset
     reshaped = arena.publish(seen.reshape(2, -1))
-    assert (reshaped.offset, reshaped.shape, reshaped.digest) == (handle.offset, (2, 25_000), shmcast.digest(seen.reshape(2, -1)))
+    assert (reshaped.offset, reshaped.shape, reshaped.digest) == (
+        handle.offset,
+        (2, 25_000),
+        shmcast.digest(seen.reshape(2, -1)),
+    )
     aliased = arena.alias(again, digest=9)
     assert (aliased.offset, aliased.digest, aliased.dtype) == (again.offset, 9, again.dtype)
     del seen
@@ -352,7 +356,7 @@ def test_grows_by_segments_up_to_the_bound(namespace) -> None:
 
 def test_an_array_that_can_never_fit(arena) -> None:
     for timeout in (0, 60):
-        with pytest.raises(ArenaFullError, match="publish 8388609 bytes.*max_bytes 8388608.*larger max_bytes"):
+        with pytest.raises(ArenaFullError, match=r"publish 8388609 bytes.*max_bytes 8388608.*larger max_bytes"):
             arena.publish(block(8 * MIB + 1), timeout=timeout)
     with pytest.raises(ArenaFullError, match="reserve"):
         arena.reserve((1 << 40, 1 << 20), "f8")
@@ -372,8 +376,12 @@ def test_a_block_larger_than_a_segment_gets_its_own_and_idle_ones_make_way() -> 
 def test_slots_run_out() -> None:
     with shmcast.Arena.create("1MiB", max_blocks=3) as arena:
         handles = [arena.publish(block(1), readers=0, keep=True) for _ in range(3)]
-        for action in (lambda: arena.publish(block(1)), lambda: arena.alias(handles[0]), lambda: arena.publish_many([block(1)])):
-            with pytest.raises(ArenaFullError, match="slots 3 of 3.*max_blocks"):
+        for action in (
+            lambda: arena.publish(block(1)),
+            lambda: arena.alias(handles[0]),
+            lambda: arena.publish_many([block(1)]),
+        ):
+            with pytest.raises(ArenaFullError, match=r"slots 3 of 3.*max_blocks"):
                 action()
         with pytest.raises(ArenaFullError, match="max_blocks"), arena.reserve(1, "u1") as reservation:
             pass
@@ -484,7 +492,9 @@ def test_seal_by_hand_inside_the_block(arena) -> None:
     assert (handle, handle.digest, handle.hash) == (reservation.handle, 4, None)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((), "f8"), ((0, 3), "f8"), (5, [("a", "u1"), ("b", "M8[s]")]), ([2, 3], ">i4")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((), "f8"), ((0, 3), "f8"), (5, [("a", "u1"), ("b", "M8[s]")]), ([2, 3], ">i4")]
+)
 def test_reserve_forms(arena, shape, dtype) -> None:
     with arena.reserve(shape, dtype) as reservation:
         reservation.array[...] = np.zeros((), dtype)

@@ -56,7 +56,13 @@ def test_release_is_idempotent_and_final(arena) -> None:
     lease.release()
     lease.release()
     assert lease.released
-    for use in (lambda: lease.array, lease.verify, lease.to_private, lambda: memoryview(lease), lambda: lease.pass_on(1)):
+    for use in (
+        lambda: lease.array,
+        lease.verify,
+        lease.to_private,
+        lambda: memoryview(lease),
+        lambda: lease.pass_on(1),
+    ):
         with pytest.raises(ValueError, match="released"):
             use()
     assert "released" in repr(lease)

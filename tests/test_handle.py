@@ -137,7 +137,9 @@ def test_what_does_not_fit_is_not_encoded(changes: dict[str, object]) -> None:
 def test_digest_is_the_published_algorithm() -> None:
     text = b"array\0float32\0" + b"4,1176\0" + handle().hash.to_bytes(16, "big")  # type: ignore[union-attr]
     assert handle().digest == xxhash.xxh3_128_intdigest(text)
-    assert list_digest([1, 2]) == xxhash.xxh3_128_intdigest(b"list\0" + (1).to_bytes(16, "big") + (2).to_bytes(16, "big"))
+    assert list_digest([1, 2]) == xxhash.xxh3_128_intdigest(
+        b"list\0" + (1).to_bytes(16, "big") + (2).to_bytes(16, "big")
+    )
 
 
 def test_digest_covers_dtype_and_shape() -> None:

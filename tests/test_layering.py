@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep",),  # gives back what the dead have left, by name
     ("handle", "arrays", "tensors"),
     ("process",),  # what this process has joined and mapped
-    ("arena", "attach"),
+    ("attach", "growth", "reservation", "arena"),
     ("codec",),
     ("channels", "channels.*"),
     ("group",),
@@ -132,7 +132,7 @@ def test_imports_point_down() -> None:
         ("handle", "from .channels import group", "imports shmcast.channels.group, which is not below it"),
         ("channels.group", "from ..group import Group", "imports shmcast.group.Group, which is not below it"),
         ("arena", "def late():\n    import shmcast.codec", "arena:2: imports shmcast.codec, which is not below it"),
-        ("arena", "from shmcast import attach", "imports shmcast.attach, which is not below it"),
+        ("attach", "from shmcast import arena", "imports shmcast.arena, which is not below it"),
         ("arena", "from shmcast import Handle", "imports shmcast.Handle, the package itself"),
         ("arena", "import shmcast", "imports shmcast, the package itself"),
         ("codec", "from shmcast import metrics", "imports shmcast.metrics, which is not below it"),

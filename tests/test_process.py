@@ -141,7 +141,7 @@ def test_a_control_segment_that_is_none(orphan, offset, data, what) -> None:
 @pytest.mark.parametrize("length", [0, 1, 100, 4096, 20480, 50_000])
 def test_a_control_segment_that_is_short(orphan, length) -> None:
     os.truncate(control(orphan), length)
-    with pytest.raises(ArenaError, match="bytes long|magic"):
+    with pytest.raises(ArenaError, match=r"bytes long|magic"):
         shmcast.attach(orphan)
 
 

@@ -25,10 +25,9 @@ def arena():
 
 def same(a, b) -> bool:
     """Bit by bit."""
-    return (
-        (a.dtype, a.shape) == (b.dtype, b.shape)
-        and a.contiguous().reshape(-1).view(torch.uint8).tolist() == b.contiguous().reshape(-1).view(torch.uint8).tolist()
-    )
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.contiguous().reshape(-1).view(
+        torch.uint8
+    ).tolist() == b.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def filled(dtype, shape, rng):
@@ -40,17 +39,18 @@ def filled(dtype, shape, rng):
     ].view(dtype).view(shape)  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 0, 2), (2, 3, 4)], ids=str)
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_round_trip(arena, rng, dtype, shape) -> None:
-    original = filled(dtype, shape, rng)
-    handle = arena.publish(original)
-    assert (handle.kind, handle.dtype) == ("torch", str(dtype).removeprefix("torch."))
-    lease = shmcast.attach(handle, verify=True)
-    for seen in (lease.tensor(), lease.tensor("read"), lease.to_private()):
-        assert same(seen, original)
-    del seen
-    lease.release()
+def test_round_trip(arena, rng, dtype) -> None:
+    for shape in ((), (0,), (5,), (3, 0, 2), (2, 3, 4)):
+        original = filled(dtype, shape, rng)
+        handle = arena.publish(original)
+        assert (handle.kind, handle.dtype) == ("torch", str(dtype).removeprefix("torch."))
+        lease = shmcast.attach(handle, verify=True)
+        for seen in (lease.tensor(), lease.tensor("read"), lease.to_private()):
+            assert same(seen, original)
+        del seen
+        lease.release()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,6 +89,7 @@ def test_any_layout(arena, dtype, make) -> None:
         assert not seen.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize", "ignore:The PyTorch API of nested")
 def test_refused_with_advice(arena) -> None:
     refused = {
         "device 'meta'": torch.empty(3, device="meta"),
@@ -104,7 +105,7 @@ def test_refused_with_advice(arena) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_gpu_tensors_are_refused(arena) -> None:
-    with pytest.raises(UnsupportedArrayError, match="cpu()"):
+    with pytest.raises(UnsupportedArrayError, match=r"cpu\(\)"):
         arena.publish(torch.ones(3, device="cuda"))
 
 
