@@ -448,7 +448,10 @@ class Arena:
                 return None
             self._owner.reclaim()
             self._credit = self._segments.grow_ahead()
-            wait_ns = self._segments.retire_idle(time.monotonic_ns())
+            try:
+                wait_ns = self._segments.retire_idle(time.monotonic_ns())
+            except OSError:
+                return None  # what can not be given back now stays until there is something to grow for
         return None if wait_ns is None else max(wait_ns / 1e9, 0.01)
 
 

@@ -190,20 +190,17 @@ class Group:
             raise
         try:
             self._transmit(encoded.blob)
-        except BaseException:
-            encoded.withdraw()
-            raise
-        self._step = step
-        self._count(encoded)
-        try:
+            self._step = step
+            self._count(encoded)
             own = tree if local else self._rebuild(encoded.blob)
             self._taken_in()
+            return own
         finally:
             if self._memory is not None:
                 self._memory.release(encoded.handles)
+            # Also where the channel has failed: some ranks may have got it all the same.
             if self._others and (encoded.handles or encoded.leases):
                 self._sent.append(_Sent(step, encoded.handles, encoded.leases))
-        return own
 
     def _encode(self, tree: Any) -> codec.Encoded:
         if self._memory is None:
@@ -215,7 +212,7 @@ class Group:
             self._memory.arena,
             tokens=self._others,
             keep=True,
-            grant_timeout=0.001,
+            grant_timeout=None,
             min_bytes=self._min_bytes,
             on_full="inline",
         )
@@ -286,6 +283,9 @@ class Group:
         except BaseException as error:
             self._counts["errors"] += 1
             self._taken_in(failed=True)
+            if isinstance(error, ShmcastError) and self._ended(self._step - 1):
+                # Not the tree's fault: whoever saw the group break while this was sent has taken the grants back.
+                raise self._break(PeerLostError(f"broadcast, step {self._step}: {error}")) from error
             if isinstance(error, ShmcastError) or not isinstance(error, Exception):
                 raise
             raise GroupError(
@@ -376,15 +376,16 @@ class Group:
             # The arena's name is gone: the entry rank closed it, or it died and was swept. Of the others nothing is known.
             return rank != self.entry
 
-    def _ended(self) -> list[int]:
-        """Ranks that will not take in the message that is due."""
+    def _ended(self, step: int | None = None) -> list[int]:
+        """Ranks that will take in no message after ``step``, by default the last that this rank has taken in."""
+        step = self._step if step is None else step
         if self._member is None or not self._others:
             return []
         words = self._member.steps()
         return [
             rank
             for rank, token in enumerate(self.peers)
-            if (words.get(token, _ABSENT)[0] ^ _ENDED) >> 1 <= self._step and token != self._token
+            if (words.get(token, _ABSENT)[0] ^ _ENDED) >> 1 <= step and token != self._token
         ]
 
     def _behind(self, word: int) -> list[tuple[int, int]]:

@@ -38,12 +38,11 @@ class Segments:
         self.idle_ns = idle_ns
         self.lock = threading.RLock()
         self._number = 0
-        self._pins: list[tuple[int, weakref.ref[arrays.Span]]] = []
+        self._pins: dict[int, weakref.WeakSet[arrays.Span]] = {}
 
     def pin(self, number: int, span: arrays.Span) -> None:
         """While arrays over ``span`` live, a segment stays mapped though no block lies in it any more."""
-        self._pins = [entry for entry in self._pins if entry[1]() is not None]
-        self._pins.append((number, weakref.ref(span)))
+        self._pins.setdefault(number, weakref.WeakSet()).add(span)
 
     def name(self, number: int) -> str:
         return names.segment_name(self.namespace, self.arena, number)
@@ -97,10 +96,9 @@ class Segments:
     def retire(self, number: int) -> bool:
         """Give an idle segment back to the host; False where it is in use, or its pages are pinned."""
         with self.lock:
-            if any(pinned == number and span() is not None for pinned, span in self._pins):
+            if len(self._pins.get(number, ())) or not self.owner.retire_segment(number):
                 return False
-            if not self.owner.retire_segment(number):
-                return False
+            self._pins.pop(number, None)
             names.unlink(self.name(number))
             return True
 

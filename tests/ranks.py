@@ -22,6 +22,7 @@ Each run has a new process group and the namespace of its test. A test that kill
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import sys
@@ -31,6 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import shmcast
 from child import Child, ChildFailedError, Link, LinkClosedError
 
 
@@ -71,9 +73,7 @@ class Ranks:
         finally:
             self._directory.cleanup()
 
-    def start(
-        self, function: Callable[..., object], *args: object, ranks: Sequence[int] | None = None
-    ) -> list[Child]:
+    def start(self, function: Callable[..., object], *args: object, ranks: Sequence[int] | None = None) -> list[Child]:
         """Run a function on these ranks of the default group, in their order; returns their processes to talk with."""
         assert self._usable, "an earlier test has left the ranks in the middle of something"
         self._usable = False  # until every rank has said that it is done
@@ -134,3 +134,43 @@ def _module(path: str) -> Any:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+# ---- for functions that run on ranks
+
+
+def together(here: Rank) -> None:
+    """No rank goes on before all are here."""
+    import torch.distributed as dist
+
+    dist.barrier(here.group)
+
+
+def settle(here: Rank, group: shmcast.Group) -> None:
+    """All ranks have taken in all messages, and the entry rank knows."""
+    gc.collect()
+    together(here)
+    group.broadcast()
+
+
+def in_use(arena: shmcast.Arena) -> int:
+    """Blocks of an arena that somebody has a claim on."""
+    gc.collect()
+    arena._owner.reclaim()
+    return arena.stats()["slots_used"]
+
+
+class Patched:
+    """Another function in a module for a while."""
+
+    def __init__(self, module: Any = None, name: str = "", function: Any = None) -> None:
+        self._module, self._name, self._function = module, name, function
+
+    def __enter__(self) -> None:
+        if self._module is not None:
+            self._before = getattr(self._module, self._name)
+            setattr(self._module, self._name, self._function)
+
+    def __exit__(self, *_: object) -> None:
+        if self._module is not None:
+            setattr(self._module, self._name, self._before)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import resource
 import weakref
 
@@ -277,6 +278,40 @@ def test_a_killed_reader_gives_its_hold_back(child) -> None:
         assert arena.publish(np.zeros(700_000, np.uint8)).nbytes == 700_000
 
 
+def reads_all_the_time(parent) -> None:
+    """Attach, look, drop, as fast as it goes; whoever sees other bytes than were published says so."""
+    parent.send(shmcast.process_token())
+    leases = []
+    while True:
+        raw, value = parent.receive()
+        try:
+            leases.append(shmcast.attach(raw, verify=True))
+        except StaleHandleError:
+            continue  # revoked while it was in the pipe
+        if (leases[-1].array != value).any():
+            parent.send("wrong")
+        if len(leases) > 3:
+            leases.pop(0).release()
+
+
+def test_readers_are_killed_at_any_moment(child, seed) -> None:
+    """No synchronisation with the kill: it may come within an attach, a release, or a join."""
+    rng = random.Random(seed)
+    with shmcast.Arena.create("4MiB", grant_timeout=0) as arena:
+        for _ in range(6):
+            peers = [child(reads_all_the_time) for _ in range(2)]
+            for peer in peers:
+                peer.receive()
+            for value in range(rng.randrange(1, 60)):
+                nbytes = rng.choice([100, 5000, BIG, 700_000])
+                handle = arena.publish(np.full(nbytes, value, np.uint8), readers=2, timeout=30)
+                for peer in peers:
+                    peer.send((handle.to_bytes(), value))
+            for peer in peers:
+                peer.kill()
+        assert arena.publish(np.zeros(4 << 20, np.uint8)).nbytes == 4 << 20  # nothing of the dead is left
+
+
 def test_pass_on(child, arena) -> None:
     """By name, by number, and to a process that has not joined: the passer's hold may end before they attach."""
     original = numbers()
@@ -362,7 +397,9 @@ def forks(parent, raw: bytes) -> None:
                 os._exit(2)
         _, status = os.waitpid(pid, 0)
         assert status == 0, status
-        assert (shmcast.attach(own).array == numbers(5)).all()  # the child's close() has closed nothing
+        assert (shmcast.attach(own).array == numbers(5)).all()
+        for number in (0, 1):  # the child's close() has closed nothing
+            assert names.exists(names.segment_name(own.namespace, own.arena, number))
         assert (array == numbers()).all()
         assert not lease.released
     parent.send("done")

@@ -292,6 +292,15 @@ def test_full_raises_and_leaves_nothing(arena) -> None:
     assert (arena.publish(np.zeros(8 << 20, np.uint8))).nbytes == 8 << 20
 
 
+def test_what_fails_late_takes_back_what_was_published_before() -> None:
+    with shmcast.Arena.create("2MiB", max_blocks=2) as arena:
+        view = shmcast.attach(arena.publish(numbers(), readers=0, keep=True)).array
+        with pytest.raises(ArenaFullError, match="max_blocks"):
+            shmcast.dumps([numbers(1), view], arena)  # a slot for the copy, none for the alias
+        assert arena.publish(numbers(2)).nbytes == view.nbytes
+        del view
+
+
 def test_full_goes_inline_if_asked(arena) -> None:
     tree = [np.full(3 << 20, n, np.uint8) for n in range(3)] + [np.asfortranarray(np.arange(1 << 20).reshape(1024, -1))]
     blob = shmcast.dumps(tree, arena, on_full="inline")
@@ -317,8 +326,9 @@ def test_a_block_that_is_gone(arena) -> None:
     blob = shmcast.dumps([numbers(5), numbers(6)], arena)
     first, second = (entry for entry in codec._parse(blob)[0])
     shmcast.attach(blob[first[1] : first[2]]).release()
-    with pytest.raises(StaleHandleError):
+    with pytest.raises(StaleHandleError) as caught:
         shmcast.loads(blob)
+    assert caught.traceback  # which must not keep what was attached
     with pytest.raises(StaleHandleError):
         shmcast.attach(blob[second[1] : second[2]])
 

@@ -1,10 +1,8 @@
-"""Groups of real ranks over gloo: what every rank gets, and what happens when one of them can not go on."""
+"""Groups: what every rank gets, also when a tree or a rank can not be served. Ranks that do not come: `test_group_lost`."""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-import gc
 import os
 import pickle
 import warnings
@@ -15,112 +13,17 @@ import numpy as np
 import pytest
 
 import shmcast
-from child import Link
-from ranks import Rank, Ranks
-from shmcast import GroupError, GroupTimeoutError, PeerLostError, codec, meeting, process
+from ranks import Patched, Rank, Ranks, in_use, settle, together
+from shmcast import GroupError, codec, meeting, process
+from trees import a_tree, noise, same
 
 torch_only = pytest.mark.torch
-SIZES = [(0,), (0, 1), (0, 1, 2, 3)]
-NUMPY_DTYPES = [
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
-    "longdouble", "complex64", "complex128", ">f4", "M8[ns]", "m8[s]", "S7", "U3", "V5",
-]  # fmt: skip
-TORCH_DTYPES = [
-    "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "complex64",
-    "complex128", "float8_e4m3fn", "float8_e5m2",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     with Ranks(4) as started:
         yield started
-
-
-@dataclasses.dataclass
-class Item:
-    """Stands for an engine's multimodal item."""
-
-    name: str
-    feature: Any
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def noise(nbytes: int, seed: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
-
-
-def a_tree(seed: int, plain_pickle: bool = False) -> dict[str, Any]:
-    """Every dtype, layouts that are not contiguous, nested objects, small and empty and 0-d arrays.
-
-    ``plain_pickle``: without the dtypes that torch's own pickling gets wrong."""
-    import torch
-
-    tree: dict[str, Any] = {}
-    for number, name in enumerate(NUMPY_DTYPES):
-        dtype = np.dtype(name)
-        raw = noise(3000 * dtype.itemsize, seed + number)
-        if name == "bool":
-            raw &= 1
-        if dtype.kind == "U":
-            array = np.array(["a", "bc", "déf"] * 1000, dtype)
-        else:
-            array = raw.view(dtype)
-        tree[f"numpy {name}"] = array.reshape(30, 100)
-    for number, name in enumerate(TORCH_DTYPES):
-        if plain_pickle and "float8" in name:
-            continue
-        dtype = getattr(torch, name)
-        raw = noise(30_000 * dtype.itemsize, seed + 100 + number)
-        if name == "bool":
-            raw &= 1
-        tree[f"torch {name}"] = torch.from_numpy(raw).view(dtype).reshape(10, 3000)
-    base = noise(400_000, seed).reshape(200, 2000)
-    tree["layouts"] = [base.T, base[::-2, ::3], np.asfortranarray(base), np.array(7.5), np.empty((0, 3), "f4")]
-    item = Item("one", base.view("f4").copy(), {"shared": (base, base)})
-    tree["nested"] = Item("two", [item, None, "text"], {"same": item})
-    return tree
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal trees: values bit by bit, dtypes, shapes."""
-    import torch
-
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
-    if isinstance(left, torch.Tensor):
-        bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)]
-        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, Item):
-        return same(vars(left), vars(right))
-    return bool(left == right)
-
-
-def in_use(arena: shmcast.Arena) -> int:
-    """Blocks of an arena that somebody has a claim on."""
-    gc.collect()
-    arena._owner.reclaim()
-    return arena.stats()["slots_used"]
-
-
-def together(here: Rank) -> None:
-    """No rank goes on before all are here."""
-    import torch.distributed as dist
-
-    dist.barrier(here.group)
-
-
-def settle(here: Rank, group: shmcast.Group) -> None:
-    """All ranks have taken in all messages, and the entry rank knows."""
-    gc.collect()
-    together(here)
-    group.broadcast()
 
 
 # ---- without torch.distributed
@@ -363,22 +266,6 @@ def bad_trees(here: Rank, mode: str) -> list[str]:
     return said
 
 
-class Patched:
-    """Another function in a module for a while."""
-
-    def __init__(self, module: Any = None, name: str = "", function: Any = None) -> None:
-        self._module, self._name, self._function = module, name, function
-
-    def __enter__(self) -> None:
-        if self._module is not None:
-            self._before = getattr(self._module, self._name)
-            setattr(self._module, self._name, self._function)
-
-    def __exit__(self, *_: object) -> None:
-        if self._module is not None:
-            setattr(self._module, self._name, self._before)
-
-
 def _no_memory(key: Any) -> Any:
     raise shmcast.ArenaGoneError(2, "there is no such arena (says the test)")
 
@@ -513,204 +400,3 @@ def test_ranks_apart_send_pickles(ranks: Ranks, how: str) -> None:
         pytest.skip("this process may not have a /dev/shm of its own")
     assert expected in entry
     assert others == ["", ""]
-
-
-# ---- ranks that do not come
-
-
-def killed(here: Rank) -> None:
-    arena = shmcast.Arena.create("64MiB") if here.rank == 0 else None
-    group = shmcast.Group(here.group, arena=arena)
-    kept = group.broadcast(noise(300_000, 1) if here.rank == 0 else None)
-    here.parent.send("ready")
-    here.parent.receive()
-    with pytest.raises(GroupError) as first:
-        for _ in range(10):  # a rank without a connection to the dead one may get a message or two through
-            group.broadcast(noise(300_000, 2) if here.rank == 0 else None)
-    with pytest.raises(GroupError, match="broken since step"):
-        group.broadcast()
-    assert np.array_equal(kept, noise(300_000, 1))
-    del kept
-    group.close()
-    here.parent.send((type(first.value).__name__, str(first.value)))
-    here.parent.receive()
-    if arena is not None:
-        # Everybody who lives has let go, and of what the dead one had nothing is left after a scrub.
-        arena._member.sweep_peers()
-        here.parent.send(in_use(arena))
-        arena.close()
-
-
-@torch_only
-@pytest.mark.parametrize("victim", [3, 0])
-def test_a_killed_rank_is_named(victim: int) -> None:
-    with Ranks(4) as own:
-        running = own.start(killed)
-        for child in running:
-            assert child.receive() == "ready"
-        running[victim].kill()
-        survivors = [child for rank, child in enumerate(running) if rank != victim]
-        for child in survivors:
-            child.send("go on")
-        for child in survivors:
-            kind, text = child.receive()
-            assert kind == PeerLostError.__name__, text
-            assert f"rank {victim} died or closed the group" in text
-        for child in survivors:
-            child.send("all have let go")
-        if victim != 0:
-            assert running[0].receive() == 0
-            assert running[0].receive() == ("done", None)
-    shmcast.sweep()
-
-
-def late(here: Rank, absent: int) -> tuple[str, str]:
-    with shmcast.Group(here.group, max_bytes="16MiB") as group:
-        for _ in range(2):
-            group.broadcast()
-        here.parent.send("ready")
-        here.parent.receive()
-        group._timeout = 2.0
-        with pytest.raises(GroupError) as first:
-            for _ in range(10):  # a message may reach a rank that gets it without the one that is late
-                group.broadcast()
-        here.parent.send("gave up")
-        with pytest.raises(GroupError, match="broken since step") as second:
-            group.broadcast()
-        assert second.value.__cause__ is first.value
-        assert str(first.value) in str(second.value)
-    return type(first.value).__name__, str(first.value)
-
-
-@torch_only
-@pytest.mark.parametrize("absent", [1, 0])
-def test_a_late_rank_is_named(ranks: Ranks, absent: int) -> None:
-    running = ranks.start(late, absent, ranks=(0, 1, 2))
-    others = [child for rank, child in enumerate(running) if rank != absent]
-    for child in running:
-        assert child.receive() == "ready"
-    for child in others:
-        child.send("go on")
-    for child in others:
-        assert child.receive() == "gave up"
-    running[absent].send("go on")
-    assert running[absent].receive() == "gave up"
-    results = ranks.results(running)
-    kind, text = results.pop(absent)
-    assert kind in ("GroupError", "PeerLostError")  # the others have given the group up, or closed it by now
-    assert "closed the group" in text
-    named = [kind for kind, text in results if f"rank {absent} is at step 2, this is step " in text]
-    assert GroupTimeoutError.__name__ in named
-
-
-def leaves_early(here: Rank) -> str:
-    group = shmcast.Group(here.group, max_bytes="16MiB")
-    group.broadcast()
-    if here.rank == 1:
-        group.close()
-        here.parent.send("closed")
-        return ""
-    here.parent.receive()
-    with pytest.raises(GroupError) as caught:
-        for _ in range(3):
-            group.broadcast()
-    group.close()
-    return str(caught.value)
-
-
-@torch_only
-def test_a_rank_that_closes_early_is_named(ranks: Ranks) -> None:
-    running = ranks.start(leaves_early, ranks=(0, 1, 2))
-    assert running[1].receive() == "closed"
-    running[0].send("go on")
-    running[2].send("go on")
-    results = ranks.results(running)
-    assert any("rank 1 " in text for text in results)
-    assert all("closed the group" in text for text in (results[0], results[2]))
-
-
-# ---- slow ranks
-
-
-def slow_loads(here: Rank) -> Patched:
-    """The next rebuilding of a tree waits for the test."""
-    loads = codec.loads
-
-    def wait(blob: bytes) -> Any:
-        here.parent.send("has the message")
-        here.parent.receive()
-        return loads(blob)
-
-    return Patched(codec, "loads", wait)
-
-
-def closes_at_once(here: Rank) -> bool:
-    with shmcast.Group(here.group, max_bytes="64MiB") as group:
-        if here.rank == 0:
-            group.broadcast(noise(1_000_000, 3))
-            here.parent.send("closing")
-        else:
-            with slow_loads(here):
-                received = group.broadcast()
-            assert np.array_equal(received, noise(1_000_000, 3))
-    return True
-
-
-@torch_only
-def test_the_last_message_reaches_slow_ranks(ranks: Ranks) -> None:
-    entry, other = running = ranks.start(closes_at_once, ranks=(0, 1))
-    assert entry.receive() == "closing"
-    assert other.receive() == "has the message"
-    other.send("go on")
-    assert ranks.results(running) == [True, True]
-
-
-def tokenizer(parent: Link, nbytes: int) -> None:
-    """Publishes into an arena of its own with a short deadline, and takes back what nobody has attached."""
-    with shmcast.Arena.create(f"{4 * nbytes}", segment_bytes=nbytes, grant_timeout=0.02) as arena:
-        parent.send(arena.publish(noise(nbytes, 11), readers=1).to_bytes())
-        parent.receive()
-        # Everything that is not held is revoked many times over while we fill the arena with what nobody attaches.
-        for _ in range(20):
-            arena.publish(noise(nbytes, 12), readers=1, timeout=30.0)
-        parent.send(arena.stats()["revoked"])
-        parent.receive()
-        parent.send(in_use(arena))
-
-
-def passes_on(here: Rank, raw: bytes | None) -> int:
-    with shmcast.Group(here.group, max_bytes="16MiB") as group:
-        if here.rank == 0:
-            lease = shmcast.attach(shmcast.Handle.from_bytes(raw))
-            tree = Item("from elsewhere", lease.array)
-            received = group.broadcast(tree)
-            assert group.stats()["passed_on"] == 1
-            del lease, tree, received
-            gc.collect()
-            # The engine on rank 0 is done with it. The group is not, as rank 1 has not attached.
-            here.parent.send("done with it")
-            here.parent.receive()
-        else:
-            with slow_loads(here):
-                received = group.broadcast()
-            assert np.array_equal(received.feature, noise(received.feature.nbytes, 11))
-            del received
-        settle(here, group)
-        return group.stats()["unconfirmed"]
-
-
-@torch_only
-def test_a_block_of_a_tokenizer_is_passed_on_whatever_its_deadline(ranks: Ranks, child: Any) -> None:
-    publisher = child(tokenizer, 1 << 20)
-    raw = publisher.receive()
-    entry, other = running = ranks.start(passes_on, raw, ranks=(0, 1))
-    assert entry.receive() == "done with it"
-    assert other.receive() == "has the message"
-    publisher.send("go on")
-    assert publisher.receive() > 10
-    other.send("go on")
-    entry.send("go on")
-    assert ranks.results(running) == [0, 0]
-    publisher.send("count")
-    publisher.receive()
-    publisher.join()

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attach", "growth", "reservation", "arena"),
     ("codec",),
     ("channels", "channels.*"),
-    ("group",),
+    ("meeting", "group"),  # how a group comes about, and what it does
     ("compat", "caster"),
 )
 # Looks at arenas from outside: sits on these and on each other in this order, and nothing is built on it.

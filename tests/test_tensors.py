@@ -187,6 +187,7 @@ def test_lease_is_found_from_any_tensor_on_it(arena) -> None:
     del first
     for tensor in (one, two, read):
         assert lease_of(tensor).handle == handle
+    del tensor
     part = lease_of(two[100:300].view(20, 10)).handle
     assert (part.offset, part.nbytes, part.shape, part.digest) == (handle.offset + 400, 800, (20, 10), None)
     assert (shmcast.attach(part).array == np.arange(100, 300).reshape(20, 10)).all()

@@ -48,9 +48,7 @@ class Rendezvous(Channel):
     """A channel on which ranks that share nothing yet can also learn about each other."""
 
     @abstractmethod
-    def gather(
-        self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None
-    ) -> list[bytes]:
+    def gather(self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None) -> list[bytes]:
         """Every rank's ``record``, in the order of ranks, on every rank. At most `RECORD_BYTES` each; errors as above."""
 
 
@@ -71,9 +69,7 @@ class LoopbackChannel(Rendezvous):
         """Return ``payload``."""
         return check_payload(payload)
 
-    def gather(
-        self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None
-    ) -> list[bytes]:
+    def gather(self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None) -> list[bytes]:
         """Return the one record."""
         return [check_record(record)]
 

@@ -95,14 +95,14 @@ class GroupChannel(Rendezvous):
         if overflow:
             self.overflows += 1
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that bytes can not be written: a broadcast only reads them
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # that bytes can not be written: a broadcast only reads them
                 tensor = torch.frombuffer(payload, dtype=torch.uint8)
             self._collect(lambda: self._start(tensor, timeout), timeout, watch)
         return payload
 
-    def gather(
-        self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None
-    ) -> list[bytes]:
+    def gather(self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None) -> list[bytes]:
         """See `Rendezvous.gather`."""
         raw = _RECORD.pack(len(check_record(record))) + record
         mine = torch.frombuffer(bytearray(raw.ljust(_RECORD.size + RECORD_BYTES, b"\0")), dtype=torch.uint8)
@@ -113,7 +113,9 @@ class GroupChannel(Rendezvous):
             found = tensor.numpy().tobytes()
             (length,) = _RECORD.unpack_from(found)
             if length > RECORD_BYTES:
-                raise GroupError(f"gather: rank {rank} sent a record of {length} bytes, at most {RECORD_BYTES} are carried")
+                raise GroupError(
+                    f"gather: rank {rank} sent a record of {length} bytes, at most {RECORD_BYTES} are carried"
+                )
             records.append(found[_RECORD.size : _RECORD.size + length])
         return records
 
