@@ -251,7 +251,10 @@ def broadcast_rank(rank: int, tp: int, store: str, sizes: list[int], repeats: in
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=tp)
-    group = shmcast.Group(max_bytes=4 * max(sizes) + 64 * MIB)
+    # One segment, so that nothing grows within the window.
+    room = 4 * max(sizes) + 64 * MIB
+    arena = shmcast.Arena.create(room, segment_bytes=room) if rank == 0 else None
+    group = shmcast.Group(arena=arena)
     results: dict[str, dict[int, list[tuple[float, float]]]] = {m: {n: [] for n in sizes} for m in METHODS}
     wrong = 0
     for nbytes in sizes:
@@ -261,6 +264,8 @@ def broadcast_rank(rank: int, tp: int, store: str, sizes: list[int], repeats: in
             source = sources[number % 2]
             for method in METHODS:
                 dist.barrier()
+                if rank == 0:
+                    time.sleep(0.003)  # the others leave the barrier later; a rank that serves waits for its message
                 began = time.monotonic()
                 if method == "shmcast":
                     array = group.broadcast(source if rank == 0 else None)
@@ -279,6 +284,8 @@ def broadcast_rank(rank: int, tp: int, store: str, sizes: list[int], repeats: in
                 wrong += not np.array_equal(array, source)
                 del array
     group.close()
+    if arena is not None:
+        arena.close()
     dist.destroy_process_group()
     pipe.send((results, wrong))
 
@@ -354,10 +361,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, nothing above 64 MiB")
+    parser.add_argument("--sizes", metavar="BYTES,...", help="instead of the usual ones, for publish, reserve and broadcast")
     parser.add_argument("--repeats", type=int, default=15, help="of each measurement (15)")
     options = parser.parse_args()
     repeats = 5 if options.quick else options.repeats
     sizes = [size for size in SIZES if not options.quick or size <= 64 * MIB]
+    broadcast_sizes = BROADCAST_SIZES
+    if options.sizes:
+        sizes = broadcast_sizes = [int(size) for size in options.sizes.split(",")]
     described = machine.describe()
     results: dict[str, Any] = {"machine": described, "config": {"repeats": repeats, "pool_bytes": POOL_BYTES}}
     print(f"{described['cpu']}, {described['cores']} cores, Linux {described['kernel']}, load {described['load'][0]:.2f}")
@@ -367,7 +378,7 @@ def main() -> int:
     results["publish_many"] = bench_publish_many(repeats)
     results["attach"] = bench_attach(ATTACH_SIZES, 1000)
     results["reserve_seal"], results["random_reservations"] = bench_reserve(sizes, repeats)
-    results["broadcast"] = [row for tp in (2, 4) for row in bench_broadcast(tp, BROADCAST_SIZES, repeats)]
+    results["broadcast"] = [row for tp in (2, 4) for row in bench_broadcast(tp, broadcast_sizes, repeats)]
     report(results)
     if options.json:
         with open(options.json, "w") as file:

@@ -119,6 +119,7 @@ class Member:
 class Lease:
     """The right to read a range of a block. Exports a read-only buffer. Dropping the last reference releases it."""
 
+    def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def address(self) -> int:
         """Address of the first byte in the shared read-only mapping."""
@@ -156,6 +157,7 @@ class Lease:
 class View:
     """Exports a lease's bytes through the buffer protocol (``numpy.ndarray(..., buffer=view)``)."""
 
+    def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def lease(self) -> Lease: ...
     @property
@@ -166,6 +168,7 @@ class View:
 class Reservation:
     """A block that is being written in place. Exports a writable buffer until it is sealed or aborted."""
 
+    def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def nbytes(self) -> int: ...
     def seal(

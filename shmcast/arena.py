@@ -247,7 +247,7 @@ class Arena:
             published = self._get("seal", partial(block.seal, *terms), 0, timeout)
             return _new(Handle, (*self._head, *form, nbytes, digest, *published))
 
-        return Reservation(block, self._owner, form, seal, self._segments.pin)
+        return Reservation(block, form, seal)
 
     def alias(
         self,

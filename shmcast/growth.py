@@ -3,9 +3,8 @@
 import errno
 import os
 import threading
-import weakref
 
-from . import _native, arrays, names
+from . import _native, names
 from .errors import ArenaFullError
 from .sizes import format_bytes
 
@@ -38,11 +37,6 @@ class Segments:
         self.idle_ns = idle_ns
         self.lock = threading.RLock()
         self._number = 0
-        self._pins: dict[int, weakref.WeakSet[arrays.Span]] = {}
-
-    def pin(self, number: int, span: arrays.Span) -> None:
-        """While arrays over ``span`` live, a segment stays mapped though no block lies in it any more."""
-        self._pins.setdefault(number, weakref.WeakSet()).add(span)
 
     def name(self, number: int) -> str:
         return names.segment_name(self.namespace, self.arena, number)
@@ -96,9 +90,8 @@ class Segments:
     def retire(self, number: int) -> bool:
         """Give an idle segment back to the host; False where it is in use, or its pages are pinned."""
         with self.lock:
-            if len(self._pins.get(number, ())) or not self.owner.retire_segment(number):
+            if not self.owner.retire_segment(number):
                 return False
-            self._pins.pop(number, None)
             names.unlink(self.name(number))
             return True
 

@@ -20,17 +20,13 @@ class Reservation:
     def __init__(
         self,
         block: _native.Reservation,
-        owner: _native.Owner,
         form: tuple[str, str, tuple[int, ...]],
         seal: Callable[[_native.Reservation], Handle],
-        pin: Callable[[int, arrays.Span], None],
     ) -> None:
         """Not for callers: `Arena.reserve` makes reservations."""
         self._block: _native.Reservation | None = block
         self._kind, self._dtype, self._shape = form
-        self._span = arrays.Span(arrays.address(arrays.flat(block, block.nbytes)), block.nbytes, block, owner)
         self._seal = seal
-        self._pin = pin
         self._array: arrays.ndarray | None = None
         self._handle: Handle | None = None
 
@@ -40,14 +36,15 @@ class Reservation:
 
         It is made read-only then. So must be what was derived from it, which nobody checks: the bytes are the readers'."""
         if self._array is None:
-            self._array = arrays.over(self._memory(), self._dtype, self._shape)
+            self._array = arrays.over(self._open(), self._dtype, self._shape)
         return self._array
 
     @property
     def tensor(self) -> "torch.Tensor":
         """The same memory as a tensor. ValueError once sealed or aborted; torch has no read-only tensors, so do not write
         to it after that."""
-        return tensors.over_bytes(self._memory(), self._dtype, self._shape)
+        block = self._open()
+        return tensors.over_bytes(arrays.flat(block, block.nbytes), self._dtype, self._shape)
 
     @property
     def handle(self) -> Handle:
@@ -61,8 +58,6 @@ class Reservation:
         if self._block is None:
             raise ValueError(f"seal {self!r}: it is not open")
         self._handle = self._seal(self._block)
-        # Arrays that were given out keep their memory mapped, whatever becomes of the block.
-        self._pin(self._handle.segment, self._span)
         self._close()
         return self._handle
 
@@ -71,16 +66,16 @@ class Reservation:
         if self._block is not None:
             self._close()
 
-    def _memory(self) -> arrays.ndarray:
+    def _open(self) -> _native.Reservation:
         if self._block is None:
             raise ValueError(f"write to {self!r}: its bytes are not yours any more")
-        return self._span.array
+        return self._block
 
     def _close(self) -> None:
         if self._array is not None:
             arrays.seal(self._array)
+        # Arrays that were given out keep the core's reservation, and so their memory, whatever becomes of the block.
         self._block = self._array = None
-        self._span = _NOTHING
 
     def __enter__(self) -> "Reservation":
         return self
@@ -100,9 +95,6 @@ class Reservation:
     def __repr__(self) -> str:
         state = "open" if self._block is not None else "sealed" if self._handle is not None else "aborted"
         return f"<Reservation {state}: {self._kind} {self._dtype} {self._shape}>"
-
-
-_NOTHING = arrays.Span(0, 0)
 
 
 def form_of(shape: Any, dtype: object) -> tuple[tuple[str, str, tuple[int, ...]], int]:

@@ -103,7 +103,7 @@ def test_an_open_reservation_when_the_arena_closes() -> None:
     assert array.sum() == 5000  # the memory stays mapped while an array over it lives
 
 
-def test_a_pinned_view_of_a_reservation_survives_giving_back() -> None:
+def test_an_array_over_a_sealed_reservation_survives_giving_back() -> None:
     with shmcast.Arena.create("2MiB", segment_bytes="1MiB", idle_timeout=0.01) as arena:
         full = arena.publish(block(MIB), readers=0, keep=True)
         with arena.reserve(MIB, "u1") as reservation:
@@ -112,7 +112,5 @@ def test_a_pinned_view_of_a_reservation_survives_giving_back() -> None:
         assert reservation.handle.segment != full.segment
         shmcast.attach(reservation.handle).release()
         arena._owner.reclaim()
-        assert not arena._segments.retire(reservation.handle.segment)
-        assert array.sum() == 7 * MIB
-        del array
         assert arena._segments.retire(reservation.handle.segment)
+        assert array.sum() == 0  # its pages were given back to the host, but it is mapped still
