@@ -160,9 +160,9 @@ struct shmc_peer_record {
     char command[SHMC_COMMAND_BYTES]; /* NUL-terminated, cut */
 
     /* 128: a line of its own, written by peer p alone. The ranks of a group agree through these words without a
-     * collective: `step` counts the messages that this rank has taken in, and `failed_step` is the last step at which
-     * it could not map what a message named (0: never). A reader that has seen step >= s (acquire) sees
-     * failed_step for s as well. */
+     * collective: `step` says how far this rank has come, and `failed_step` at which step it last could not map what a
+     * message named (0: never). A reader that has seen a step (acquire) sees the failure at that step as well. How steps
+     * are counted is the group's to say (shmcast/group.py). */
     shmc_atomic_u64 step;
     shmc_atomic_u64 failed_step;
     uint64_t _reserved1[14];

@@ -153,19 +153,24 @@ class _Pickler(pickle.Pickler):
             return self._take(thing) if thing.nbytes >= self._min_bytes else NotImplemented
         if kind is not tensors.tensor_type():
             return NotImplemented
+        if not tensors.torch_pickles(thing):
+            return self._take(thing, inline=tensors.size_bytes(thing) < self._min_bytes, always=True)
         if tensors.size_bytes(thing) >= self._min_bytes:
             return self._take(thing)
         # torch pickles the storage: a small view would take all of a large block with it
         return self._take(thing, inline=True) if tensors.is_small_part(thing) else NotImplemented
 
-    def _take(self, thing: Any, inline: bool = False) -> Any:
+    def _take(self, thing: Any, inline: bool = False, always: bool = False) -> Any:
+        """Take an array out of the pickle; ``inline``: as bytes; ``always``: rather as bytes than not at all."""
         origin = form = None
         try:
             if not inline:
                 origin = lease_of(thing)
             if origin is None:
                 if self._arena is None and not inline:
-                    return NotImplemented
+                    if not always:
+                        return NotImplemented
+                    inline = True
                 form = tensors.describe(thing)
         except UnsupportedArrayError:
             return NotImplemented

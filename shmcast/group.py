@@ -109,7 +109,11 @@ class Group:
         self._closed = False
         self._busy = threading.Lock()
         self._counts = dict.fromkeys(
-            ("messages", "message_bytes", "arrays", "array_bytes", "passed_on", "inline_bytes", "errors"), 0
+            (
+                "messages", "message_bytes", "arrays", "array_bytes", "passed_on", "inline_bytes", "errors",
+                "encode_ns", "attach_ns",
+            ),
+            0,
         )
         try:
             self._memory, refusal = meeting.meet(rendezvous, arena, max_bytes, fallback, timeout)
@@ -148,10 +152,16 @@ class Group:
             self._busy.release()
 
     def stats(self) -> dict[str, int]:
-        """Counts since the group was made: messages and their bytes; on the entry rank also arrays and bytes that were
+        """Counts since the group was made: messages, their bytes, and how many did not fit the fixed-size frame; time in
+        ``encode_ns`` (pickle and publish) and ``attach_ns`` (attach and rebuild); on the entry rank also arrays and bytes that were
         published, arrays passed on, bytes that travelled in messages for want of room; errors; messages that are not
         known to have been taken in by all ranks."""
-        return {**self._counts, "step": self._step, "unconfirmed": len(self._sent)}
+        return {
+            **self._counts,
+            "overflows": self._channel.overflows,
+            "step": self._step,
+            "unconfirmed": len(self._sent),
+        }
 
     def close(self) -> None:
         """End the group on this rank. Involves no collective; views stay valid. Idempotent.
@@ -181,8 +191,10 @@ class Group:
     def _send(self, tree: Any, local: bool) -> Any:
         self._drop_confirmed()
         step = self._step + 1
+        began_ns = time.monotonic_ns()
         try:
             encoded = self._encode(tree)
+            self._counts["encode_ns"] += time.monotonic_ns() - began_ns
         except PeerLostError as error:
             raise self._break(error) from error
         except BaseException as error:
@@ -282,8 +294,11 @@ class Group:
         return blob
 
     def _rebuild(self, blob: bytes) -> Any:
+        began_ns = time.monotonic_ns()
         try:
-            return pickle.loads(blob) if self.mode == "object" else codec.loads(blob)
+            tree = pickle.loads(blob) if self.mode == "object" else codec.loads(blob)
+            self._counts["attach_ns"] += time.monotonic_ns() - began_ns
+            return tree
         except BaseException as error:
             self._counts["errors"] += 1
             self._taken_in(failed=True)

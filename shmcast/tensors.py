@@ -3,6 +3,7 @@
 An object can not be a tensor in a process that has not imported torch, so nothing is imported to find out.
 """
 
+import pickle
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -190,3 +191,21 @@ def is_small_part(tensor: Any) -> bool:
         return storage_bytes(tensor) > size_bytes(tensor)
     except (RuntimeError, NotImplementedError):
         return False
+
+
+_pickles: dict[Any, bool] = {}
+
+
+def torch_pickles(tensor: Any) -> bool:
+    """Whether torch reads back what it pickles of this dtype. torch 2.13 does not for float8, complex32 and uint16 to
+    uint64, whose storages have no type of their own; so it is tried, once for each dtype."""
+    dtype = tensor.dtype
+    known = _pickles.get(dtype)
+    if known is None:
+        try:
+            pickle.loads(pickle.dumps(sys.modules["torch"].empty(1, dtype=dtype)))
+            known = True
+        except Exception:
+            known = False
+        _pickles[dtype] = known
+    return known

@@ -458,3 +458,17 @@ def test_full_goes_inline_for_tensors(arena) -> None:
     seen = shmcast.loads(shmcast.dumps(tree, arena, on_full="inline", min_bytes=0))
     assert all(torch.equal(a, b) for a, b in zip(seen, tree, strict=True))
     seen[0][0] = seen[1][0] = 9
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64", "complex32", "bfloat16"])
+@pytest.mark.parametrize("with_arena", [True, False])
+@pytest.mark.parametrize("length", [3, 20000])
+def test_dtypes_that_torch_does_not_read_back(arena, name, with_arena, length) -> None:
+    import torch
+
+    dtype = getattr(torch, name)
+    tensor = torch.arange(length * dtype.itemsize, dtype=torch.int64).to(torch.uint8).view(dtype)
+    found = shmcast.loads(shmcast.dumps([tensor], arena if with_arena else None))[0]
+    assert (found.dtype, found.shape) == (dtype, tensor.shape)
+    assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))

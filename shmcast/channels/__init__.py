@@ -28,6 +28,8 @@ class Channel(ABC):
     """How many ranks there are."""
     entry: int
     """The rank that sends."""
+    overflows: int = 0
+    """Messages so far that were too long to be sent in one piece."""
 
     @abstractmethod
     def broadcast(

@@ -66,7 +66,6 @@ class GroupChannel(Rendezvous):
         self.sent = 0
         """Messages so far."""
         self.overflows = 0
-        """How many of them needed a second broadcast."""
         self._timeout = timeout
         self._frame = bytearray(FRAME_BYTES)  # never resized, so the tensor stays valid
         self._tensor = torch.frombuffer(self._frame, dtype=torch.uint8)
