@@ -198,16 +198,15 @@ class Arena:
         """Publish all of them, or none: what `publish` does, a few microseconds each for hundreds of small arrays.
 
         Views of blocks are copied like any other array. Arguments and errors as for `publish`."""
-        describe = tensors.describe
-        forms = [describe(array) for array in arrays]
+        forms = tensors.describe_all(arrays)
         return self.publish_forms(forms, self.terms(readers, keep, grant_timeout, hash), timeout)
 
     def publish_forms(self, forms: "list[arrays.Form]", terms: Terms, timeout: float) -> list[Handle]:
         """`publish_many` of arrays that are described already, for `codec`."""
         head = self._head
         published = None
-        sources: list[Any] = [form[4] for form in forms]
-        if all(source is not None for source in sources):
+        sources: list[Any] = [form[4] for form in forms if form[4] is not None]
+        if len(sources) == len(forms):
             try:
                 published = self._owner.publish_many(sources, *terms)
             except ArenaFullError:

@@ -1,7 +1,7 @@
 """numpy's side of things, and the only module that imports it: dtypes as text, arrays as bytes, bytes as arrays."""
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -117,6 +117,21 @@ def describe(array: ndarray) -> Form:
 
 
 _new = tuple.__new__
+
+
+def describe_all(things: Iterable[Any], other: Callable[[Any], Form]) -> list[Form]:
+    """`describe` of each ndarray, and what ``other`` says of everything else; made for hundreds of small ones."""
+    forms: list[Form] = []
+    dtype, code = None, ""
+    for thing in things:
+        if type(thing) is not NDARRAY or not thing.flags.c_contiguous:
+            forms.append(other(thing))
+            continue
+        if thing.dtype is not dtype:
+            dtype = thing.dtype
+            code = code_of(dtype)
+        forms.append(_new(Form, ("numpy", code, thing.shape, thing.nbytes, thing, None)))
+    return forms
 
 
 def _copy(array: ndarray, target: Buffer) -> None:

@@ -5,6 +5,7 @@ An object can not be a tensor in a process that has not imported torch, so nothi
 
 import pickle
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import arrays
@@ -61,6 +62,11 @@ def describe(thing: object) -> Form:
     raise UnsupportedArrayError(
         f"publish: a numpy.ndarray or a torch.Tensor is needed, not {type(thing).__name__}; pass numpy.asarray(x), or use dumps()"
     )
+
+
+def describe_all(things: Iterable[Any]) -> list[Form]:
+    """`describe` of each of many."""
+    return arrays.describe_all(things, describe)
 
 
 def _describe_tensor(tensor: Any) -> Form:
