@@ -219,7 +219,8 @@ static void split(struct shmc_blocks *blocks, uint32_t node, uint64_t size_bytes
     extent->size_bytes = size_bytes;
 }
 
-enum shmc_status shmc_blocks_take(struct shmc_blocks *blocks, uint64_t size_bytes, uint64_t align_bytes, uint32_t *block)
+enum shmc_status shmc_blocks_take(struct shmc_blocks *blocks, uint64_t size_bytes, uint64_t align_bytes,
+                                  uint32_t *block)
 {
     uint32_t node = find(blocks, size_bytes, align_bytes), front, back;
     if (node == SHMC_NO_BLOCK) {

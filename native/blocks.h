@@ -23,19 +23,19 @@ enum {
 /* A run of bytes in one data segment, free or taken. */
 struct shmc_extent {
     uint64_t offset_bytes, size_bytes;
-    uint32_t segment;         /* index of the caller's, not the number in the name */
-    uint32_t before, after;   /* neighbours in the segment, by address; SHMC_NO_BLOCK at its ends */
-    uint32_t next, previous;  /* in the free list of its class, or in the list of unused nodes */
-    uint32_t references;      /* 0: free; otherwise how many publications and reservations name it */
+    uint32_t segment;        /* index of the caller's, not the number in the name */
+    uint32_t before, after;  /* neighbours in the segment, by address; SHMC_NO_BLOCK at its ends */
+    uint32_t next, previous; /* in the free list of its class, or in the list of unused nodes */
+    uint32_t references;     /* 0: free; otherwise how many publications and reservations name it */
 };
 
 struct shmc_blocks {
     struct shmc_extent *extents;
     uint32_t extent_count, unused; /* `unused`: head of the list of nodes without an extent */
     uint64_t free_bytes;
-    uint64_t first_map;                                    /* bit f: some class of row f has a free extent */
-    uint32_t second_map[SHMC_BLOCK_FIRST];                 /* bit s: class (f, s) has */
-    uint32_t heads[SHMC_BLOCK_FIRST][SHMC_BLOCK_SECOND];   /* free lists, most recently freed first: warm in the cache */
+    uint64_t first_map;                                  /* bit f: some class of row f has a free extent */
+    uint32_t second_map[SHMC_BLOCK_FIRST];               /* bit s: class (f, s) has */
+    uint32_t heads[SHMC_BLOCK_FIRST][SHMC_BLOCK_SECOND]; /* free lists, most recently freed first: warm in the cache */
 };
 
 void shmc_blocks_init(struct shmc_blocks *blocks);
@@ -48,8 +48,8 @@ enum shmc_status shmc_blocks_add_segment(struct shmc_blocks *blocks, uint32_t se
 bool shmc_blocks_remove_segment(struct shmc_blocks *blocks, uint32_t segment);
 
 /* One extent of at least size_bytes at a multiple of align_bytes (a power of two), with one reference. NO_SPACE. */
-enum shmc_status shmc_blocks_take(
-    struct shmc_blocks *blocks, uint64_t size_bytes, uint64_t align_bytes, uint32_t *block);
+enum shmc_status shmc_blocks_take(struct shmc_blocks *blocks, uint64_t size_bytes, uint64_t align_bytes,
+                                  uint32_t *block);
 
 /* Drop one reference; with the last one the extent is free and joins its free neighbours. Returns bytes freed. */
 uint64_t shmc_blocks_drop(struct shmc_blocks *blocks, uint32_t block);

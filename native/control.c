@@ -21,7 +21,8 @@ static void lay_out(struct shmc_control *control, void *base, uint64_t bytes, ui
     };
 }
 
-static enum shmc_status fill_header(struct shmc_header *header, const struct shmc_control_config *config, uint64_t bytes)
+static enum shmc_status fill_header(struct shmc_header *header, const struct shmc_control_config *config,
+                                    uint64_t bytes)
 {
     struct timespec now;
     if (clock_gettime(CLOCK_REALTIME, &now) != 0 ||
@@ -68,8 +69,8 @@ void shmc_control_ready(struct shmc_control *control)
 }
 
 /* Checks one page that may have been written by anybody. `file_bytes` is what fstat said. */
-static enum shmc_status check_header(
-    const struct shmc_header *header, uint64_t file_bytes, uint64_t arena_id, struct shmc_detail *detail)
+static enum shmc_status check_header(const struct shmc_header *header, uint64_t file_bytes, uint64_t arena_id,
+                                     struct shmc_detail *detail)
 {
     /* pairs with the store in shmc_control_ready */
     uint64_t magic = shmc_acquire_load(&header->magic);

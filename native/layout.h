@@ -106,27 +106,27 @@ enum shmc_arena_state { SHMC_ARENA_OPEN = 1, SHMC_ARENA_ENDED = 2 };
 
 struct shmc_header {
     /* constant once magic is set; written by the creator */
-    shmc_atomic_u64 magic;     /* 0 until the segment is ready; store-release, pairs with the load-acquire of openers */
-    uint32_t format;           /* SHMC_FORMAT */
-    uint32_t record_bytes;     /* sizeof(struct shmc_record): a build with other structs refuses even at equal format */
-    uint64_t control_bytes;    /* length of the control segment */
-    uint64_t arena_id;         /* the id in the name */
-    uint64_t nonce[2];         /* random: proves that two processes look at the same memory */
-    uint64_t host;             /* hash of the kernel's boot id; for handles that stray to another host */
-    uint64_t created_ns;       /* CLOCK_REALTIME, ns; for people */
-    uint64_t max_bytes;        /* bound on the sum of live data segments, bytes */
+    shmc_atomic_u64 magic;  /* 0 until the segment is ready; store-release, pairs with the load-acquire of openers */
+    uint32_t format;        /* SHMC_FORMAT */
+    uint32_t record_bytes;  /* sizeof(struct shmc_record): a build with other structs refuses even at equal format */
+    uint64_t control_bytes; /* length of the control segment */
+    uint64_t arena_id;      /* the id in the name */
+    uint64_t nonce[2];      /* random: proves that two processes look at the same memory */
+    uint64_t host;          /* hash of the kernel's boot id; for handles that stray to another host */
+    uint64_t created_ns;    /* CLOCK_REALTIME, ns; for people */
+    uint64_t max_bytes;     /* bound on the sum of live data segments, bytes */
     uint32_t slot_count;
-    uint32_t peer_count;       /* SHMC_PEER_COUNT */
-    uint32_t segment_count;    /* SHMC_SEGMENT_COUNT */
+    uint32_t peer_count;    /* SHMC_PEER_COUNT */
+    uint32_t segment_count; /* SHMC_SEGMENT_COUNT */
     uint32_t _reserved0[11];
 
     /* 128: written by the owner, or by the sweeper that has taken byte 0 */
-    shmc_atomic_u32 state;     /* enum shmc_arena_state; store-release, pairs with the load-acquire in attach and join */
+    shmc_atomic_u32 state; /* enum shmc_arena_state; store-release, pairs with the load-acquire in attach and join */
     uint32_t _reserved1[15];
 
     /* 192: a hint, never the truth: the owner waits here when it is out of space */
-    shmc_atomic_u32 freed;     /* +1 by whoever clears a word's last claim while `waiting` is set; futex word */
-    shmc_atomic_u32 waiting;   /* 1 while the owner waits */
+    shmc_atomic_u32 freed;   /* +1 by whoever clears a word's last claim while `waiting` is set; futex word */
+    shmc_atomic_u32 waiting; /* 1 while the owner waits */
     uint32_t _reserved2[14];
 
     uint8_t _reserved3[768];
@@ -137,26 +137,27 @@ struct shmc_header {
 };
 
 enum shmc_metric {
-    SHMC_METRIC_RESERVED_BYTES,      /* live data segments */
-    SHMC_METRIC_USED_BYTES,          /* blocks that the owner has not found free yet */
+    SHMC_METRIC_RESERVED_BYTES, /* live data segments */
+    SHMC_METRIC_USED_BYTES,     /* blocks that the owner has not found free yet */
     SHMC_METRIC_PEAK_USED_BYTES,
-    SHMC_METRIC_PUBLISHED,           /* blocks ever published */
+    SHMC_METRIC_PUBLISHED, /* blocks ever published */
     SHMC_METRIC_PUBLISHED_BYTES,
-    SHMC_METRIC_GROWN,               /* data segments ever added */
-    SHMC_METRIC_REVOKED,             /* slots whose claims were revoked past their deadline */
-    SHMC_METRIC_SWEPT,               /* dead peers scrubbed by the owner */
+    SHMC_METRIC_GROWN,   /* data segments ever added */
+    SHMC_METRIC_REVOKED, /* slots whose claims were revoked past their deadline */
+    SHMC_METRIC_SWEPT,   /* dead peers scrubbed by the owner */
     SHMC_METRIC_COUNT,
 };
 
 /* ---- peers ---------------------------------------------------------------------------------------------------- */
 
 struct shmc_peer_record {
-    shmc_atomic_u32 incarnation; /* +1 by who has the byte, first thing; pairs with the two loads of publish and pass_on */
-    shmc_atomic_u32 ready;       /* == incarnation once the rest is valid, 0 after leave; store-release by the joiner */
-    shmc_atomic_u64 token;       /* process token */
-    uint32_t pid;                /* in the joiner's pid namespace; for people, as are the next two */
+    shmc_atomic_u32
+        incarnation;       /* +1 by who has the byte, first thing; pairs with the two loads of publish and pass_on */
+    shmc_atomic_u32 ready; /* == incarnation once the rest is valid, 0 after leave; store-release by the joiner */
+    shmc_atomic_u64 token; /* process token */
+    uint32_t pid;          /* in the joiner's pid namespace; for people, as are the next two */
     uint32_t _reserved0;
-    uint64_t start_ticks;        /* start time, clock ticks since boot (field 22 of /proc/self/stat) */
+    uint64_t start_ticks;             /* start time, clock ticks since boot (field 22 of /proc/self/stat) */
     char command[SHMC_COMMAND_BYTES]; /* NUL-terminated, cut */
 
     /* 128: a line of its own, written by peer p alone. The ranks of a group agree through these words without a
@@ -201,7 +202,8 @@ struct shmc_record {
 
 enum shmc_record_flag {
     SHMC_RECORD_HASHED = 1,
-    SHMC_RECORD_OWN_PAGES = 2, /* starts on a page and shares its last page with no other block: may be mapped privately */
+    SHMC_RECORD_OWN_PAGES =
+        2, /* starts on a page and shares its last page with no other block: may be mapped privately */
 };
 
 #define SHMC_TOOK_ONE (UINT64_C(1) << 32)
@@ -254,7 +256,8 @@ SHMC_AT(shmc_peer_record, command, 32);
 SHMC_AT(shmc_peer_record, step, 128);
 SHMC_AT(shmc_peer_record, failed_step, 136);
 _Static_assert(sizeof(struct shmc_peer_record) == 256, "peer record is 256 bytes");
-_Static_assert(SHMC_PEERS_OFFSET + 32 * sizeof(struct shmc_peer_record) == SHMC_SEGMENTS_OFFSET, "peers end where segments start");
+_Static_assert(SHMC_PEERS_OFFSET + 32 * sizeof(struct shmc_peer_record) == SHMC_SEGMENTS_OFFSET,
+               "peers end where segments start");
 SHMC_AT(shmc_segment_record, number, 0);
 SHMC_AT(shmc_segment_record, size_bytes, 8);
 SHMC_AT(shmc_segment_record, mark, 16);

@@ -11,8 +11,8 @@ static enum shmc_status make_counts(struct shmc_member *member)
     return member->leases != NULL && member->generations != NULL ? SHMC_OK : SHMC_NO_MEMORY;
 }
 
-enum shmc_status shmc_member_create(
-    struct shmc_member *member, int map_fd, int lock_fd, const struct shmc_control_config *config)
+enum shmc_status shmc_member_create(struct shmc_member *member, int map_fd, int lock_fd,
+                                    const struct shmc_control_config *config)
 {
     *member = (struct shmc_member){.index = SHMC_OWNER, .token = shmc_process_token()};
     enum shmc_status status = member->token != 0 ? SHMC_OK : SHMC_ERRNO;
@@ -34,8 +34,8 @@ enum shmc_status shmc_member_create(
     return status;
 }
 
-enum shmc_status shmc_member_join(
-    struct shmc_member *member, int map_fd, int lock_fd, uint64_t arena_id, struct shmc_detail *detail)
+enum shmc_status shmc_member_join(struct shmc_member *member, int map_fd, int lock_fd, uint64_t arena_id,
+                                  struct shmc_detail *detail)
 {
     *member = (struct shmc_member){.token = shmc_process_token()};
     enum shmc_status status = member->token != 0 ? SHMC_OK : SHMC_ERRNO;
@@ -84,8 +84,8 @@ void shmc_member_destroy(struct shmc_member *member)
     errno = saved;
 }
 
-enum shmc_status shmc_member_attach(
-    struct shmc_member *member, uint32_t slot, uint64_t generation, struct shmc_detail *detail)
+enum shmc_status shmc_member_attach(struct shmc_member *member, uint32_t slot, uint64_t generation,
+                                    struct shmc_detail *detail)
 {
     struct shmc_control *control = &member->control;
     if (shmc_member_inherited(member)) {
@@ -116,8 +116,9 @@ enum shmc_status shmc_member_attach(
     return status;
 }
 
-enum shmc_status shmc_member_check(const struct shmc_member *member, uint32_t slot, uint32_t segment, uint64_t offset_bytes,
-                                   uint64_t size_bytes, struct shmc_block_view *view, struct shmc_detail *detail)
+enum shmc_status shmc_member_check(const struct shmc_member *member, uint32_t slot, uint32_t segment,
+                                   uint64_t offset_bytes, uint64_t size_bytes, struct shmc_block_view *view,
+                                   struct shmc_detail *detail)
 {
     const struct shmc_record *record = &member->control.records[slot];
     /* copied once, then checked: what a hostile peer changes later changes nothing here */
@@ -135,8 +136,8 @@ enum shmc_status shmc_member_check(const struct shmc_member *member, uint32_t sl
     }
     uint64_t end, block_end;
     if (__builtin_add_overflow(offset_bytes, size_bytes, &end) ||
-        __builtin_add_overflow(view->block_offset, view->block_bytes, &block_end) || offset_bytes < view->block_offset ||
-        end > block_end) {
+        __builtin_add_overflow(view->block_offset, view->block_bytes, &block_end) ||
+        offset_bytes < view->block_offset || end > block_end) {
         *detail = (struct shmc_detail){offset_bytes + size_bytes, view->block_offset + view->block_bytes};
         return SHMC_BLOCK_RANGE;
     }

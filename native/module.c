@@ -18,9 +18,9 @@ static const char *const exception_names[SHMC_STATUS_COUNT] = {
 static void describe(enum shmc_status status, unsigned long long a, unsigned long long b, char *text, size_t size)
 {
 #define SHMC_STATUS_UNPACK(...) __VA_ARGS__
-#define SHMC_STATUS_TEXT(name, exception, message)                                                                    \
-    case SHMC_##name:                                                                                                 \
-        snprintf(text, size, SHMC_STATUS_UNPACK message);                                                             \
+#define SHMC_STATUS_TEXT(name, exception, message) \
+    case SHMC_##name: \
+        snprintf(text, size, SHMC_STATUS_UNPACK message); \
         break;
     switch (status) {
         SHMC_STATUS_TABLE(SHMC_STATUS_TEXT)
@@ -31,8 +31,8 @@ static void describe(enum shmc_status status, unsigned long long a, unsigned lon
     (void)b;
 }
 
-PyObject *raise_status(
-    const struct module_state *state, enum shmc_status status, const struct shmc_detail *detail, const char *action)
+PyObject *raise_status(const struct module_state *state, enum shmc_status status, const struct shmc_detail *detail,
+                       const char *action)
 {
     char text[512] = "";
     if (status == SHMC_ERRNO) {
@@ -150,8 +150,7 @@ static PyObject *hash_buffer(enum shmc_hash_path path, PyObject *object, uint64_
     }
     shmc_hash128 hash;
     if (buffer.len >= SHMC_GIL_BYTES) {
-        Py_BEGIN_ALLOW_THREADS
-        hash = shmc_hash_bytes_with(path, buffer.buf, (size_t)buffer.len, seed);
+        Py_BEGIN_ALLOW_THREADS hash = shmc_hash_bytes_with(path, buffer.buf, (size_t)buffer.len, seed);
         Py_END_ALLOW_THREADS
     } else {
         hash = shmc_hash_bytes_with(path, buffer.buf, (size_t)buffer.len, seed);
@@ -255,10 +254,9 @@ static PyObject *module_hash_copy_with(PyObject *Py_UNUSED(module), PyObject *ar
         return NULL;
     }
     shmc_hash128 hash;
-    Py_BEGIN_ALLOW_THREADS
-    hash = shmc_hash_copy_with(path, (enum shmc_hash_stores)stores, to.buf, from.buf, (size_t)from.len, seed);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&from);
+    Py_BEGIN_ALLOW_THREADS hash =
+        shmc_hash_copy_with(path, (enum shmc_hash_stores)stores, to.buf, from.buf, (size_t)from.len, seed);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&from);
     PyBuffer_Release(&to);
     return int_from_hash(hash.low64, hash.high64);
 }
@@ -278,14 +276,15 @@ static PyObject *module_copy_with(PyObject *Py_UNUSED(module), PyObject *argumen
     if (!get_pair(target, source, &to, &from)) {
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    if (streaming) {
+    Py_BEGIN_ALLOW_THREADS if (streaming)
+    {
         shmc_copy_streaming(to.buf, from.buf, (size_t)from.len);
-    } else {
+    }
+    else
+    {
         memcpy(to.buf, from.buf, (size_t)from.len);
     }
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&from);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&from);
     PyBuffer_Release(&to);
     Py_RETURN_NONE;
 }
@@ -336,10 +335,14 @@ static PyMethodDef module_methods[] = {
      "XXH3-128 of a buffer as an int (Yann Collet's XXH3, as published with xxHash 0.8)."},
     {"hash_paths", module_hash_paths, METH_NOARGS, "Names of the hash kernels that this processor can run."},
     {"hash_with", module_hash_with, METH_VARARGS, "hash128 by a named kernel."},
-    {"hash_copy_with", module_hash_copy_with, METH_VARARGS, "Copy and hash in one pass, by a named kernel and kind of store."},
-    {"copy_with", module_copy_with, METH_VARARGS, "Copy by 'memcpy' or with 'streaming' stores: what benchmarks compare with."},
-    {"process_token", module_process_token, METH_NOARGS, "Random 64-bit name of this process; another one in a forked child."},
-    {"take_owner_byte", module_take_owner_byte, METH_O, "Take the owner's lock through a descriptor; False if it is taken."},
+    {"hash_copy_with", module_hash_copy_with, METH_VARARGS,
+     "Copy and hash in one pass, by a named kernel and kind of store."},
+    {"copy_with", module_copy_with, METH_VARARGS,
+     "Copy by 'memcpy' or with 'streaming' stores: what benchmarks compare with."},
+    {"process_token", module_process_token, METH_NOARGS,
+     "Random 64-bit name of this process; another one in a forked child."},
+    {"take_owner_byte", module_take_owner_byte, METH_O,
+     "Take the owner's lock through a descriptor; False if it is taken."},
     {"mark_ended", module_mark_ended, METH_O, "Mark the arena behind a descriptor as ended."},
     {"inspect", module_inspect, METH_O, "Look at a control segment without joining."},
     {NULL, NULL, 0, NULL},

@@ -20,8 +20,7 @@ struct module_state {
 /* A data segment mapped in this process. Unmapped when the last of those who need it let go: leases and the member for
  * the read-only mapping, reservations and the owner for the writable one. */
 typedef struct {
-    PyObject_HEAD
-    uint32_t number;
+    PyObject_HEAD uint32_t number;
     uint64_t size_bytes;
     uint8_t *shared;        /* PROT_READ, but for the owner's own */
     uint8_t *private;       /* copy-on-write; NULL until somebody needs it */
@@ -30,8 +29,7 @@ typedef struct {
 } SegmentObject;
 
 typedef struct {
-    PyObject_HEAD
-    struct module_state *state; /* lives as long as our type, so as long as we do */
+    PyObject_HEAD struct module_state *state; /* lives as long as our type, so as long as we do */
     struct shmc_member member;
     PyObject *opener; /* opener(n) -> descriptor of segment n; 0: the control segment, opened afresh */
     SegmentObject **segments;
@@ -39,8 +37,7 @@ typedef struct {
 } MemberObject;
 
 typedef struct {
-    PyObject_HEAD
-    MemberObject *member; /* NULL once released */
+    PyObject_HEAD MemberObject *member; /* NULL once released */
     SegmentObject *segment;
     uint64_t generation, offset_bytes, size_bytes;
     struct shmc_block_view block;
@@ -50,22 +47,19 @@ typedef struct {
 } LeaseObject;
 
 typedef struct {
-    PyObject_HEAD
-    LeaseObject *lease;
+    PyObject_HEAD LeaseObject *lease;
     uint8_t *base;
     bool private;
 } ViewObject;
 
 typedef struct {
-    PyObject_HEAD
-    MemberObject *member;
+    PyObject_HEAD MemberObject *member;
     struct shmc_owner owner;
     SegmentObject *segments[SHMC_SEGMENT_COUNT]; /* the writable mappings behind owner.segments */
 } OwnerObject;
 
 typedef struct {
-    PyObject_HEAD
-    OwnerObject *owner;     /* NULL once sealed or aborted */
+    PyObject_HEAD OwnerObject *owner; /* NULL once sealed or aborted */
     SegmentObject *segment; /* an array over the reservation may outlive its sealing, and the segment's service */
     uint8_t *base;
     uint64_t size_bytes;
@@ -73,8 +67,8 @@ typedef struct {
 } ReservationObject;
 
 /* module.c */
-PyObject *raise_status(
-    const struct module_state *state, enum shmc_status status, const struct shmc_detail *detail, const char *action);
+PyObject *raise_status(const struct module_state *state, enum shmc_status status, const struct shmc_detail *detail,
+                       const char *action);
 PyObject *int_from_hash(uint64_t low, uint64_t high);
 bool check_arguments(const char *function, Py_ssize_t given, Py_ssize_t wanted);
 bool as_u64(PyObject *object, uint64_t *value);
@@ -93,7 +87,8 @@ int open_through(PyObject *opener, uint32_t number); /* -1 with an exception set
 PyObject *inspect_control(const struct module_state *state, int fd);
 
 /* module_member.c */
-SegmentObject *segment_new(const struct module_state *state, uint32_t number, uint64_t size_bytes); /* nothing mapped yet */
+SegmentObject *segment_new(const struct module_state *state, uint32_t number,
+                           uint64_t size_bytes);                    /* nothing mapped yet */
 SegmentObject *member_segment(MemberObject *self, uint32_t number); /* borrowed; mapped on demand */
 bool member_map(MemberObject *self, uint32_t number, int fd, bool populate);
 void member_unmap(MemberObject *self, uint32_t number);

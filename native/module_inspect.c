@@ -16,13 +16,14 @@ static PyObject *inspect_peers(const struct shmc_control *control, int fd)
         memcpy(command, record->command, sizeof command);
         command[sizeof command - 1] = '\0'; /* whatever it said there */
         PyObject *text = PyUnicode_DecodeUTF8(command, (Py_ssize_t)strlen(command), "replace");
-        PyObject *item = text == NULL ? NULL
-                                      : Py_BuildValue("{sIsIsOsKsIsKsNsKsK}", "index", p, "incarnation", incarnation, "alive",
-                                                      shmc_peer_probe(fd, p) ? Py_True : Py_False, "token",
-                                                      (unsigned long long)shmc_relaxed_load(&record->token), "pid", record->pid,
-                                                      "start_ticks", (unsigned long long)record->start_ticks, "command", text,
-                                                      "step", (unsigned long long)shmc_relaxed_load(&record->step),
-                                                      "failed_step", (unsigned long long)shmc_relaxed_load(&record->failed_step));
+        PyObject *item =
+            text == NULL ? NULL
+                         : Py_BuildValue("{sIsIsOsKsIsKsNsKsK}", "index", p, "incarnation", incarnation, "alive",
+                                         shmc_peer_probe(fd, p) ? Py_True : Py_False, "token",
+                                         (unsigned long long)shmc_relaxed_load(&record->token), "pid", record->pid,
+                                         "start_ticks", (unsigned long long)record->start_ticks, "command", text,
+                                         "step", (unsigned long long)shmc_relaxed_load(&record->step), "failed_step",
+                                         (unsigned long long)shmc_relaxed_load(&record->failed_step));
         if (item == NULL || PyList_Append(list, item) != 0) {
             Py_CLEAR(list);
         }
@@ -40,8 +41,9 @@ static PyObject *inspect_segments(const struct shmc_control *control)
         if (number == 0) {
             continue;
         }
-        PyObject *item = Py_BuildValue("{sIsKsK}", "number", number, "size_bytes", (unsigned long long)record->size_bytes, "mark",
-                                       (unsigned long long)shmc_seq_load(&record->mark));
+        PyObject *item =
+            Py_BuildValue("{sIsKsK}", "number", number, "size_bytes", (unsigned long long)record->size_bytes, "mark",
+                          (unsigned long long)shmc_seq_load(&record->mark));
         if (item == NULL || PyList_Append(list, item) != 0) {
             Py_CLEAR(list);
         }
@@ -86,12 +88,13 @@ PyObject *inspect_control(const struct module_state *state, int fd)
     if (segments != NULL) {
 #define METRIC(name) (unsigned long long)shmc_relaxed_load(&header->metrics[SHMC_METRIC_##name])
         result = Py_BuildValue(
-            "{sKsIsKsKsKsOsIsIsIsIsKsKsKsKsKsOsO}", "arena_id", (unsigned long long)header->arena_id, "format", header->format,
-            "created_ns", (unsigned long long)header->created_ns, "max_bytes", (unsigned long long)header->max_bytes,
-            "control_bytes", (unsigned long long)control.bytes, "ended", shmc_control_ended(&control) ? Py_True : Py_False,
-            "slots", control.slot_count, "claimed", census.claimed, "held", census.held, "granted", census.granted,
-            "claimed_bytes", census.bytes, "reserved_bytes", METRIC(RESERVED_BYTES), "used_bytes", METRIC(USED_BYTES),
-            "peak_used_bytes", METRIC(PEAK_USED_BYTES), "published", METRIC(PUBLISHED), "peers", peers, "segments", segments);
+            "{sKsIsKsKsKsOsIsIsIsIsKsKsKsKsKsOsO}", "arena_id", (unsigned long long)header->arena_id, "format",
+            header->format, "created_ns", (unsigned long long)header->created_ns, "max_bytes",
+            (unsigned long long)header->max_bytes, "control_bytes", (unsigned long long)control.bytes, "ended",
+            shmc_control_ended(&control) ? Py_True : Py_False, "slots", control.slot_count, "claimed", census.claimed,
+            "held", census.held, "granted", census.granted, "claimed_bytes", census.bytes, "reserved_bytes",
+            METRIC(RESERVED_BYTES), "used_bytes", METRIC(USED_BYTES), "peak_used_bytes", METRIC(PEAK_USED_BYTES),
+            "published", METRIC(PUBLISHED), "peers", peers, "segments", segments);
 #undef METRIC
     }
     Py_XDECREF(peers);

@@ -64,7 +64,8 @@ static void forget_private(LeaseObject *self)
 static bool owns_pages(const LeaseObject *self)
 {
     return (self->block.flags & SHMC_RECORD_OWN_PAGES) != 0 && self->block.block_offset % SHMC_PAGE_BYTES == 0 &&
-           block_page_bytes(self) <= self->segment->size_bytes - self->block.block_offset && !self->segment->private_broken;
+           block_page_bytes(self) <= self->segment->size_bytes - self->block.block_offset &&
+           !self->segment->private_broken;
 }
 
 /* ---- Lease ---------------------------------------------------------------------------------------------------------------- */
@@ -94,15 +95,15 @@ static void lease_dealloc(LeaseObject *self)
 
 static PyObject *raise_released(const LeaseObject *self)
 {
-    return PyErr_Format(PyExc_ValueError, "use lease: it was released (slot %u, generation %llu); attach again", self->slot,
-                        (unsigned long long)self->generation);
+    return PyErr_Format(PyExc_ValueError, "use lease: it was released (slot %u, generation %llu); attach again",
+                        self->slot, (unsigned long long)self->generation);
 }
 
 static PyObject *lease_release(LeaseObject *self, PyObject *Py_UNUSED(ignored))
 {
     if (self->exports != 0) {
-        return PyErr_Format(PyExc_BufferError, "release lease: %zd arrays or buffers over it are alive; drop them first",
-                            self->exports);
+        return PyErr_Format(PyExc_BufferError,
+                            "release lease: %zd arrays or buffers over it are alive; drop them first", self->exports);
     }
     lease_finish(self);
     Py_RETURN_NONE;
@@ -160,8 +161,8 @@ static PyObject *lease_modified(LeaseObject *self, PyObject *Py_UNUSED(ignored))
         Py_RETURN_FALSE;
     }
     uint64_t offset = self->block.block_offset;
-    return PyBool_FromLong(shmc_segment_private_written(
-        self->segment->private + offset, self->segment->shared + offset, block_page_bytes(self)));
+    return PyBool_FromLong(shmc_segment_private_written(self->segment->private + offset, self->segment->shared + offset,
+                                                        block_page_bytes(self)));
 }
 
 static PyObject *lease_pass_on(LeaseObject *self, PyObject *argument)
@@ -248,7 +249,8 @@ static PyGetSetDef lease_properties[] = {
     {"nbytes", (getter)lease_get_nbytes, NULL, "Bytes that the lease covers.", NULL},
     {"released", (getter)lease_get_released, NULL, "Whether the lease was given back.", NULL},
     {"owns_pages", (getter)lease_get_owns_pages, NULL, "Whether the block may be mapped privately.", NULL},
-    {"content_hash", (getter)lease_get_hash, NULL, "XXH3-128 of the block as published, None where there is none.", NULL},
+    {"content_hash", (getter)lease_get_hash, NULL, "XXH3-128 of the block as published, None where there is none.",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -256,7 +258,8 @@ static PyMethodDef lease_methods[] = {
     {"release", (PyCFunction)lease_release, METH_NOARGS,
      "Give the hold up now; BufferError while arrays or buffers over it are alive. Idempotent."},
     {"view", (PyCFunction)(void (*)(void))lease_view, METH_FASTCALL, "An exporter of the bytes, read-only or private."},
-    {"modified", (PyCFunction)lease_modified, METH_NOARGS, "Whether this process wrote into its private pages of the block."},
+    {"modified", (PyCFunction)lease_modified, METH_NOARGS,
+     "Whether this process wrote into its private pages of the block."},
     {"grant_to", (PyCFunction)lease_pass_on, METH_O, "Grant the block to these processes; returns how many by name."},
     {"pending", (PyCFunction)lease_pending, METH_O, "How many of these processes have not consumed their grant yet."},
     {NULL, NULL, 0, NULL},
@@ -292,8 +295,8 @@ static void view_dealloc(ViewObject *self)
 
 static int view_getbuffer(ViewObject *self, Py_buffer *buffer, int flags)
 {
-    return PyBuffer_FillInfo(
-        buffer, (PyObject *)self, self->base, (Py_ssize_t)self->lease->size_bytes, !self->private, flags);
+    return PyBuffer_FillInfo(buffer, (PyObject *)self, self->base, (Py_ssize_t)self->lease->size_bytes, !self->private,
+                             flags);
 }
 
 static PyObject *view_get_lease(ViewObject *self, void *Py_UNUSED(closure))

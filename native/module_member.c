@@ -113,8 +113,7 @@ bool member_map(MemberObject *self, uint32_t number, int fd, bool populate)
         return false;
     }
     if (populate) {
-        Py_BEGIN_ALLOW_THREADS
-        shmc_segment_populate(segment->shared, segment->size_bytes, false);
+        Py_BEGIN_ALLOW_THREADS shmc_segment_populate(segment->shared, segment->size_bytes, false);
         Py_END_ALLOW_THREADS
     }
     if (find_segment(self, number) != NULL) { /* another thread was faster */
@@ -426,10 +425,8 @@ static PyObject *member_sweep_peers(MemberObject *self, PyObject *Py_UNUSED(igno
         return NULL;
     }
     unsigned swept;
-    Py_BEGIN_ALLOW_THREADS
-    swept = shmc_peer_sweep(&self->member.control, fd);
-    Py_END_ALLOW_THREADS
-    close(fd);
+    Py_BEGIN_ALLOW_THREADS swept = shmc_peer_sweep(&self->member.control, fd);
+    Py_END_ALLOW_THREADS close(fd);
     return PyLong_FromUnsignedLong(swept);
 }
 
@@ -501,16 +498,21 @@ static PyGetSetDef member_properties[] = {
     {"arena_id", (getter)member_get_arena_id, NULL, "The id in the segment's name.", NULL},
     {"nonce", (getter)member_get_nonce, NULL, "16 random bytes that prove who sees the same memory.", NULL},
     {"max_bytes", (getter)member_get_max_bytes, NULL, "Bound on the sum of data segments, bytes.", NULL},
-    {"ended", (getter)member_get_ended, NULL, "Whether the owner has closed the arena, or a sweeper has ended it.", NULL},
-    {"inherited", (getter)member_get_inherited, NULL, "Whether this process was forked after joining, or has left.", NULL},
+    {"ended", (getter)member_get_ended, NULL, "Whether the owner has closed the arena, or a sweeper has ended it.",
+     NULL},
+    {"inherited", (getter)member_get_inherited, NULL, "Whether this process was forked after joining, or has left.",
+     NULL},
     {"step", (getter)member_get_step, NULL, "Our step word.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMethodDef member_methods[] = {
-    {"create", (PyCFunction)(void (*)(void))member_create, METH_VARARGS | METH_CLASS, "Become the owner of a new arena."},
-    {"join", (PyCFunction)(void (*)(void))member_join, METH_VARARGS | METH_CLASS, "Join an arena: take a free peer byte."},
-    {"attach", (PyCFunction)(void (*)(void))member_attach, METH_FASTCALL, "Pin, validate, map: a lease of exactly these bytes."},
+    {"create", (PyCFunction)(void (*)(void))member_create, METH_VARARGS | METH_CLASS,
+     "Become the owner of a new arena."},
+    {"join", (PyCFunction)(void (*)(void))member_join, METH_VARARGS | METH_CLASS,
+     "Join an arena: take a free peer byte."},
+    {"attach", (PyCFunction)(void (*)(void))member_attach, METH_FASTCALL,
+     "Pin, validate, map: a lease of exactly these bytes."},
     {"map_segment", (PyCFunction)(void (*)(void))member_map_segment, METH_FASTCALL, "Map a data segment ahead of use."},
     {"tokens", (PyCFunction)member_tokens, METH_NOARGS, "{process token: peer index} of who has joined."},
     {"steps", (PyCFunction)member_steps, METH_NOARGS, "{process token: (step, failed step)}."},

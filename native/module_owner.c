@@ -28,7 +28,8 @@ static bool as_terms(PyObject *const *arguments, Py_ssize_t count, struct terms 
         return false;
     }
     if (anonymous > SHMC_PEER_COUNT) {
-        PyErr_Format(PyExc_ValueError, "publish: readers=%u, an arena has room for %d processes", anonymous, SHMC_PEER_COUNT);
+        PyErr_Format(PyExc_ValueError, "publish: readers=%u, an arena has room for %d processes", anonymous,
+                     SHMC_PEER_COUNT);
         return false;
     }
     terms->hashed = hashed;
@@ -64,7 +65,8 @@ static PyObject *owner_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
         return NULL;
     }
     if (member->member.index != SHMC_OWNER) {
-        return PyErr_Format(PyExc_ValueError, "make owner: this process is peer %u of the arena, not 0", member->member.index);
+        return PyErr_Format(PyExc_ValueError, "make owner: this process is peer %u of the arena, not 0",
+                            member->member.index);
     }
     OwnerObject *self = (OwnerObject *)type->tp_alloc(type, 0);
     if (self == NULL) {
@@ -92,8 +94,8 @@ static void owner_dealloc(OwnerObject *self)
     Py_DECREF(type);
 }
 
-static PyObject *owner_raise(
-    const OwnerObject *self, enum shmc_status status, const struct shmc_detail *detail, const char *action)
+static PyObject *owner_raise(const OwnerObject *self, enum shmc_status status, const struct shmc_detail *detail,
+                             const char *action)
 {
     return raise_status(self->member->state, status, detail, action);
 }
@@ -117,10 +119,8 @@ static PyObject *owner_add_segment(OwnerObject *self, PyObject *const *arguments
         return NULL;
     }
     enum shmc_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = shmc_owner_prepare_segment(fd, size_bytes, &segment->shared);
-    Py_END_ALLOW_THREADS
-    unsigned index;
+    Py_BEGIN_ALLOW_THREADS status = shmc_owner_prepare_segment(fd, size_bytes, &segment->shared);
+    Py_END_ALLOW_THREADS unsigned index;
     if (status == SHMC_OK) {
         /* the owner reads its own blocks through read-only pages as well; populated now, so that it never waits later */
         if (!member_map(self->member, number, fd, true)) {
@@ -163,9 +163,9 @@ static PyObject *owner_segments(OwnerObject *self, PyObject *Py_UNUSED(ignored))
         if (segment->number == 0) {
             continue;
         }
-        PyObject *item = Py_BuildValue(
-            "IKKK", segment->number, (unsigned long long)segment->size_bytes, (unsigned long long)segment->used_bytes,
-            (unsigned long long)(segment->used_bytes == 0 ? segment->idle_since_ns : 0));
+        PyObject *item = Py_BuildValue("IKKK", segment->number, (unsigned long long)segment->size_bytes,
+                                       (unsigned long long)segment->used_bytes,
+                                       (unsigned long long)(segment->used_bytes == 0 ? segment->idle_since_ns : 0));
         if (item == NULL || PyList_Append(list, item) != 0) {
             Py_CLEAR(list);
         }
@@ -198,8 +198,7 @@ static enum shmc_status publish_buffer(OwnerObject *self, const Py_buffer *buffe
     }
     /* the block is in no list until it is published or dropped, so other threads may use the owner meanwhile */
     if (size_bytes >= SHMC_GIL_BYTES) {
-        Py_BEGIN_ALLOW_THREADS
-        *hash = copy_in(target, buffer->buf, size_bytes, terms->hashed);
+        Py_BEGIN_ALLOW_THREADS *hash = copy_in(target, buffer->buf, size_bytes, terms->hashed);
         Py_END_ALLOW_THREADS
     } else {
         *hash = copy_in(target, buffer->buf, size_bytes, terms->hashed);
@@ -303,7 +302,8 @@ static PyObject *owner_alias(OwnerObject *self, PyObject *const *arguments, Py_s
 
 typedef bool (*slot_end)(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
 
-static PyObject *end_slot(OwnerObject *self, PyObject *const *arguments, Py_ssize_t count, slot_end end, const char *name)
+static PyObject *end_slot(OwnerObject *self, PyObject *const *arguments, Py_ssize_t count, slot_end end,
+                          const char *name)
 {
     uint32_t slot;
     uint64_t generation;
@@ -336,10 +336,8 @@ static PyObject *owner_wait_freed(OwnerObject *self, PyObject *argument)
         return NULL;
     }
     bool noticed;
-    Py_BEGIN_ALLOW_THREADS
-    noticed = shmc_owner_wait_freed(&self->member->member.control, timeout_ns);
-    Py_END_ALLOW_THREADS
-    return PyBool_FromLong(noticed);
+    Py_BEGIN_ALLOW_THREADS noticed = shmc_owner_wait_freed(&self->member->member.control, timeout_ns);
+    Py_END_ALLOW_THREADS return PyBool_FromLong(noticed);
 }
 
 static PyObject *owner_stats(OwnerObject *self, PyObject *Py_UNUSED(ignored))
@@ -351,14 +349,14 @@ static PyObject *owner_stats(OwnerObject *self, PyObject *Py_UNUSED(ignored))
     const shmc_atomic_u64 *metrics = owner->member->control.header->metrics;
     uint32_t slots_used = owner->member->control.slot_count - owner->free_slot_count;
 #define METRIC(name) (unsigned long long)shmc_relaxed_load(&metrics[SHMC_METRIC_##name])
-    return Py_BuildValue("{sKsKsKsKsKsIsIsKsKsKsK}",                                        //
-                         "reserved_bytes", (unsigned long long)owner->reserved_bytes,        //
-                         "used_bytes", (unsigned long long)owner->used_bytes,                //
-                         "peak_used_bytes", (unsigned long long)owner->peak_used_bytes,      //
-                         "free_bytes", (unsigned long long)owner->blocks.free_bytes,         //
+    return Py_BuildValue("{sKsKsKsKsKsIsIsKsKsKsK}",                                                         //
+                         "reserved_bytes", (unsigned long long)owner->reserved_bytes,                        //
+                         "used_bytes", (unsigned long long)owner->used_bytes,                                //
+                         "peak_used_bytes", (unsigned long long)owner->peak_used_bytes,                      //
+                         "free_bytes", (unsigned long long)owner->blocks.free_bytes,                         //
                          "largest_free_bytes", (unsigned long long)shmc_blocks_largest_free(&owner->blocks), //
-                         "slots_used", slots_used, "slots", owner->member->control.slot_count, //
-                         "published", METRIC(PUBLISHED), "published_bytes", METRIC(PUBLISHED_BYTES), //
+                         "slots_used", slots_used, "slots", owner->member->control.slot_count,               //
+                         "published", METRIC(PUBLISHED), "published_bytes", METRIC(PUBLISHED_BYTES),         //
                          "grown", METRIC(GROWN), "revoked", METRIC(REVOKED));
 #undef METRIC
 }
@@ -435,10 +433,8 @@ static shmc_hash128 hash_in_place(const ReservationObject *self)
     if (self->size_bytes < SHMC_GIL_BYTES) {
         return shmc_hash_bytes(self->base, self->size_bytes, 0);
     }
-    Py_BEGIN_ALLOW_THREADS
-    hash = shmc_hash_bytes(self->base, self->size_bytes, 0);
-    Py_END_ALLOW_THREADS
-    return hash;
+    Py_BEGIN_ALLOW_THREADS hash = shmc_hash_bytes(self->base, self->size_bytes, 0);
+    Py_END_ALLOW_THREADS return hash;
 }
 
 static PyObject *reservation_seal(ReservationObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -475,7 +471,8 @@ static int reservation_getbuffer(ReservationObject *self, Py_buffer *buffer, int
 {
     if (self->owner == NULL) {
         buffer->obj = NULL;
-        PyErr_SetString(PyExc_BufferError, "write to reservation: it is sealed or aborted, its bytes are not yours any more");
+        PyErr_SetString(PyExc_BufferError,
+                        "write to reservation: it is sealed or aborted, its bytes are not yours any more");
         return -1;
     }
     return PyBuffer_FillInfo(buffer, (PyObject *)self, self->base, (Py_ssize_t)self->size_bytes, 0, flags);
@@ -514,16 +511,22 @@ PyType_Spec reservation_spec = {
 };
 
 static PyMethodDef owner_methods[] = {
-    {"add_segment", (PyCFunction)(void (*)(void))owner_add_segment, METH_FASTCALL, "Reserve, map, prefault and use a data segment."},
-    {"retire_segment", (PyCFunction)owner_retire_segment, METH_O, "Punch an empty, unpinned segment; False where it is neither."},
+    {"add_segment", (PyCFunction)(void (*)(void))owner_add_segment, METH_FASTCALL,
+     "Reserve, map, prefault and use a data segment."},
+    {"retire_segment", (PyCFunction)owner_retire_segment, METH_O,
+     "Punch an empty, unpinned segment; False where it is neither."},
     {"segments", (PyCFunction)owner_segments, METH_NOARGS, "[(number, size_bytes, used_bytes, idle_since_ns)]."},
-    {"publish", (PyCFunction)(void (*)(void))owner_publish, METH_FASTCALL, "Copy, hash and publish a buffer; None: no space."},
-    {"publish_many", (PyCFunction)(void (*)(void))owner_publish_many, METH_FASTCALL, "Publish all of a list, or nothing."},
+    {"publish", (PyCFunction)(void (*)(void))owner_publish, METH_FASTCALL,
+     "Copy, hash and publish a buffer; None: no space."},
+    {"publish_many", (PyCFunction)(void (*)(void))owner_publish_many, METH_FASTCALL,
+     "Publish all of a list, or nothing."},
     {"reserve", (PyCFunction)owner_reserve, METH_O, "A block to write in place; None: no space."},
     {"alias", (PyCFunction)(void (*)(void))owner_alias, METH_FASTCALL, "Publish the bytes of a live block once more."},
     {"release", (PyCFunction)(void (*)(void))owner_release, METH_FASTCALL, "Drop the arena's own hold."},
-    {"withdraw", (PyCFunction)(void (*)(void))owner_withdraw, METH_FASTCALL, "End every claim that nobody made use of yet."},
-    {"reclaim", (PyCFunction)(void (*)(void))owner_reclaim, METH_FASTCALL, "Take back what became free; returns bytes."},
+    {"withdraw", (PyCFunction)(void (*)(void))owner_withdraw, METH_FASTCALL,
+     "End every claim that nobody made use of yet."},
+    {"reclaim", (PyCFunction)(void (*)(void))owner_reclaim, METH_FASTCALL,
+     "Take back what became free; returns bytes."},
     {"wait_freed", (PyCFunction)owner_wait_freed, METH_O, "Wait until some block may have become free."},
     {"stats", (PyCFunction)owner_stats, METH_NOARGS, "Counts and bytes."},
     {"end", (PyCFunction)owner_end, METH_NOARGS, "Mark the arena as ended."},

@@ -230,8 +230,8 @@ uint64_t shmc_owner_reclaim(struct shmc_owner *owner, bool revoke)
 
 /* ---- publish ------------------------------------------------------------------------------------------------------ */
 
-enum shmc_status shmc_owner_take(
-    struct shmc_owner *owner, uint64_t size_bytes, uint32_t *block, void **target, struct shmc_detail *detail)
+enum shmc_status shmc_owner_take(struct shmc_owner *owner, uint64_t size_bytes, uint32_t *block, void **target,
+                                 struct shmc_detail *detail)
 {
     enum shmc_status status = usable(owner);
     if (status != SHMC_OK) {
@@ -261,7 +261,8 @@ void shmc_owner_drop(struct shmc_owner *owner, uint32_t block)
 }
 
 /* Write down in private memory what was just published. */
-static void remember(struct shmc_owner *owner, uint32_t slot, uint32_t block, uint64_t granted, const struct shmc_terms *terms)
+static void remember(struct shmc_owner *owner, uint32_t slot, uint32_t block, uint64_t granted,
+                     const struct shmc_terms *terms)
 {
     bool lasts = terms->timeout_ns == 0;
     uint64_t default_ns = UINT64_C(60) * 1000000000u; /* for what readers pass on of a publication without deadline */
@@ -407,7 +408,8 @@ bool shmc_owner_wait_freed(struct shmc_control *control, uint64_t timeout_ns)
     uint32_t before = shmc_seq_load(&header->freed);
     /* pairs with the load in notice_release; a release before it is not noticed, which is why callers bound the wait */
     shmc_seq_exchange(&header->waiting, 1);
-    struct timespec timeout = {.tv_sec = (time_t)(timeout_ns / 1000000000u), .tv_nsec = (long)(timeout_ns % 1000000000u)};
+    struct timespec timeout = {.tv_sec = (time_t)(timeout_ns / 1000000000u),
+                               .tv_nsec = (long)(timeout_ns % 1000000000u)};
     syscall(SYS_futex, &header->freed, FUTEX_WAIT, before, &timeout, NULL, 0);
     shmc_seq_exchange(&header->waiting, 0);
     return shmc_seq_load(&header->freed) != before;

@@ -30,7 +30,7 @@ struct shmc_owner {
     struct shmc_blocks blocks;
     struct shmc_data_segment segments[SHMC_SEGMENT_COUNT];
     struct shmc_slot_private *slots;
-    uint32_t *free_slots; /* a stack: low slots first, so that scans are short */
+    uint32_t *free_slots;                /* a stack: low slots first, so that scans are short */
     uint32_t free_slot_count, slots_end; /* no slot from slots_end on was ever in use */
     uint64_t generation;
     uint64_t reserved_bytes, used_bytes, peak_used_bytes;
@@ -41,7 +41,7 @@ struct shmc_owner {
 struct shmc_terms {
     const uint64_t *tokens;
     uint32_t token_count;
-    uint32_t anonymous;  /* readers=n */
+    uint32_t anonymous; /* readers=n */
     bool keep;
     uint64_t timeout_ns; /* 0: unclaimed grants last */
 };
@@ -67,8 +67,8 @@ enum shmc_status shmc_owner_retire_segment(struct shmc_owner *owner, uint32_t nu
 uint64_t shmc_owner_reclaim(struct shmc_owner *owner, bool revoke);
 
 /* A block to write to, not published yet. NO_SPACE, CLOSED, INHERITED. `drop` gives it back unpublished. */
-enum shmc_status shmc_owner_take(
-    struct shmc_owner *owner, uint64_t size_bytes, uint32_t *block, void **target, struct shmc_detail *detail);
+enum shmc_status shmc_owner_take(struct shmc_owner *owner, uint64_t size_bytes, uint32_t *block, void **target,
+                                 struct shmc_detail *detail);
 void shmc_owner_drop(struct shmc_owner *owner, uint32_t block);
 
 /* Publish a block that was taken (its reference goes over to the slot). On failure the block is still the caller's. */

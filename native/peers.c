@@ -147,8 +147,8 @@ void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t toke
     shmc_release_store(&record->ready, incarnation);
 }
 
-enum shmc_status shmc_peer_join(
-    struct shmc_control *control, int lock_fd, uint64_t token, unsigned *index, struct shmc_detail *detail)
+enum shmc_status shmc_peer_join(struct shmc_control *control, int lock_fd, uint64_t token, unsigned *index,
+                                struct shmc_detail *detail)
 {
     for (unsigned p = 1; p < SHMC_PEER_COUNT; p++) {
         if (shmc_peer_lock(lock_fd, p)) {

@@ -13,7 +13,8 @@ uint64_t shmc_process_token(void);
 /* Take / give back / probe the lock of byte p through fd. The lock belongs to the open file description. */
 bool shmc_peer_lock(int fd, unsigned p);
 void shmc_peer_unlock(int fd, unsigned p);
-bool shmc_peer_probe(int fresh_fd, unsigned p); /* true: a live process has it. Never ask through one's own description */
+bool shmc_peer_probe(int fresh_fd,
+                     unsigned p); /* true: a live process has it. Never ask through one's own description */
 
 /* One page mapped through `fd`, so that fd's locks live as long as this address space, the descriptor closed or not. */
 enum shmc_status shmc_peer_anchor(int fd, void **lock_page);
@@ -23,8 +24,8 @@ void shmc_peer_drop_anchor(void *lock_page);
 void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t token);
 
 /* Take any free byte of 1..30 through lock_fd. PEERS_FULL. */
-enum shmc_status shmc_peer_join(
-    struct shmc_control *control, int lock_fd, uint64_t token, unsigned *index, struct shmc_detail *detail);
+enum shmc_status shmc_peer_join(struct shmc_control *control, int lock_fd, uint64_t token, unsigned *index,
+                                struct shmc_detail *detail);
 
 /* The end of a membership by its own process, which still has the byte. */
 void shmc_peer_leave(struct shmc_control *control, unsigned p);

@@ -50,8 +50,9 @@ static enum shmc_status find_targets(const struct shmc_control *control, const s
     return SHMC_OK;
 }
 
-enum shmc_status shmc_slot_publish(struct shmc_control *control, uint32_t slot, const struct shmc_publication *publication,
-                                   uint64_t *granted, struct shmc_detail *detail)
+enum shmc_status shmc_slot_publish(struct shmc_control *control, uint32_t slot,
+                                   const struct shmc_publication *publication, uint64_t *granted,
+                                   struct shmc_detail *detail)
 {
     struct target targets[SHMC_PEER_COUNT];
     uint32_t count;
@@ -73,7 +74,8 @@ enum shmc_status shmc_slot_publish(struct shmc_control *control, uint32_t slot, 
     for (uint32_t i = 0; i < count; i++) {
         grants |= SHMC_GRANT(targets[i].p);
     }
-    uint64_t word = grants | (publication->anonymous != 0 ? SHMC_T : 0) | (publication->held ? SHMC_HOLD(SHMC_OWNER) : 0);
+    uint64_t word =
+        grants | (publication->anonymous != 0 ? SHMC_T : 0) | (publication->held ? SHMC_HOLD(SHMC_OWNER) : 0);
     shmc_fence_streaming_stores();
     /* pairs with the compare-and-swap in pin: who sees a claim sees the record and the payload */
     shmc_seq_exchange(&control->words[slot], word);
@@ -130,8 +132,8 @@ static void consume(struct shmc_control *control, unsigned p, uint32_t slot, uin
     }
 }
 
-enum shmc_status shmc_slot_attach(
-    struct shmc_control *control, unsigned p, uint32_t slot, uint64_t generation, struct shmc_detail *detail)
+enum shmc_status shmc_slot_attach(struct shmc_control *control, unsigned p, uint32_t slot, uint64_t generation,
+                                  struct shmc_detail *detail)
 {
     if (slot >= control->slot_count) {
         *detail = (struct shmc_detail){slot, control->slot_count};
@@ -186,8 +188,8 @@ static void add_grant(shmc_atomic_u64 *word, uint64_t grant)
     } while (!shmc_seq_cas(word, &now, then)); /* pairs with the compare-and-swap in shmc_slot_revoke */
 }
 
-enum shmc_status shmc_slot_pass_on(
-    struct shmc_control *control, uint32_t slot, uint64_t token, bool *joined, struct shmc_detail *detail)
+enum shmc_status shmc_slot_pass_on(struct shmc_control *control, uint32_t slot, uint64_t token, bool *joined,
+                                   struct shmc_detail *detail)
 {
     uint32_t incarnation;
     int p = shmc_peer_find(control, token, &incarnation);

@@ -110,8 +110,15 @@ class Group:
         self._busy = threading.Lock()
         self._counts = dict.fromkeys(
             (
-                "messages", "message_bytes", "arrays", "array_bytes", "passed_on", "inline_bytes", "errors",
-                "encode_ns", "attach_ns",
+                "messages",
+                "message_bytes",
+                "arrays",
+                "array_bytes",
+                "passed_on",
+                "inline_bytes",
+                "errors",
+                "encode_ns",
+                "attach_ns",
             ),
             0,
         )

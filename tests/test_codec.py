@@ -461,7 +461,9 @@ def test_full_goes_inline_for_tensors(arena) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64", "complex32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64", "complex32", "bfloat16"]
+)
 @pytest.mark.parametrize("with_arena", [True, False])
 @pytest.mark.parametrize("length", [3, 20000])
 def test_dtypes_that_torch_does_not_read_back(arena, name, with_arena, length) -> None:

@@ -21,4 +21,6 @@ def blocks_check(tmp_path_factory):
 def test_random_takes_and_drops(blocks_check, rng, run):
     seed = int(rng.integers(1 << 62))
     done = subprocess.run([blocks_check, str(seed), "100000"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "blocks_check: ok\n"), f"blocks_check {seed} 100000: {done.stdout}{done.stderr}"
+    assert (done.returncode, done.stdout) == (0, "blocks_check: ok\n"), (
+        f"blocks_check {seed} 100000: {done.stdout}{done.stderr}"
+    )
