@@ -425,8 +425,14 @@ static PyObject *member_sweep_peers(MemberObject *self, PyObject *Py_UNUSED(igno
         return NULL;
     }
     unsigned swept;
-    Py_BEGIN_ALLOW_THREADS swept = shmc_peer_sweep(&self->member.control, fd);
-    Py_END_ALLOW_THREADS close(fd);
+    Py_BEGIN_ALLOW_THREADS
+    swept = shmc_peer_sweep(&self->member.control, fd);
+    Py_END_ALLOW_THREADS
+    close(fd);
+    if (self->member.index == SHMC_OWNER && swept != 0) {
+        shmc_atomic_u64 *word = &self->member.control.header->metrics[SHMC_METRIC_SWEPT];
+        shmc_relaxed_store(word, shmc_relaxed_load(word) + swept);
+    }
     return PyLong_FromUnsignedLong(swept);
 }
 

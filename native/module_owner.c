@@ -349,7 +349,7 @@ static PyObject *owner_stats(OwnerObject *self, PyObject *Py_UNUSED(ignored))
     const shmc_atomic_u64 *metrics = owner->member->control.header->metrics;
     uint32_t slots_used = owner->member->control.slot_count - owner->free_slot_count;
 #define METRIC(name) (unsigned long long)shmc_relaxed_load(&metrics[SHMC_METRIC_##name])
-    return Py_BuildValue("{sKsKsKsKsKsIsIsKsKsKsK}",                                                         //
+    return Py_BuildValue("{sKsKsKsKsKsIsIsKsKsKsKsK}",                                                       //
                          "reserved_bytes", (unsigned long long)owner->reserved_bytes,                        //
                          "used_bytes", (unsigned long long)owner->used_bytes,                                //
                          "peak_used_bytes", (unsigned long long)owner->peak_used_bytes,                      //
@@ -357,7 +357,7 @@ static PyObject *owner_stats(OwnerObject *self, PyObject *Py_UNUSED(ignored))
                          "largest_free_bytes", (unsigned long long)shmc_blocks_largest_free(&owner->blocks), //
                          "slots_used", slots_used, "slots", owner->member->control.slot_count,               //
                          "published", METRIC(PUBLISHED), "published_bytes", METRIC(PUBLISHED_BYTES),         //
-                         "grown", METRIC(GROWN), "revoked", METRIC(REVOKED));
+                         "grown", METRIC(GROWN), "revoked", METRIC(REVOKED), "swept", METRIC(SWEPT));
 #undef METRIC
 }
 

@@ -190,6 +190,7 @@ def test_a_dead_reader_was_counted(raw, start):
     assert raw.used() == 1  # the dead one's hold
     assert raw.member.sweep_peers() == 1
     assert raw.member.sweep_peers() == 0
+    assert raw.owner.stats()["swept"] == 1
     assert raw.used() == 0
 
 
