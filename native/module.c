@@ -145,7 +145,7 @@ PyObject *int_from_hash(uint64_t low, uint64_t high)
 static PyObject *hash_buffer(enum shmc_hash_path path, PyObject *object, uint64_t seed)
 {
     Py_buffer buffer;
-    if (PyObject_GetBuffer(object, &buffer, PyBUF_SIMPLE) != 0) {
+    if (PyObject_GetBuffer(object, &buffer, PyBUF_CONTIG_RO | PyBUF_FORMAT) != 0) {
         return NULL;
     }
     shmc_hash128 hash;

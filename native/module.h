@@ -31,6 +31,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD struct module_state *state; /* lives as long as our type, so as long as we do */
     struct shmc_member member;
+    PyObject *weakrefs;
     PyObject *opener; /* opener(n) -> descriptor of segment n; 0: the control segment, opened afresh */
     SegmentObject **segments;
     Py_ssize_t segment_count;
@@ -44,6 +45,8 @@ typedef struct {
     uint32_t slot;
     Py_ssize_t exports; /* buffers and views given out */
     bool private_used;
+    bool ended;           /* released by the caller */
+    bool kept_by_address; /* somebody may keep the memory without an export: the hold lasts until dealloc */
 } LeaseObject;
 
 typedef struct {

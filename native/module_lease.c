@@ -32,7 +32,11 @@ static bool map_privately(LeaseObject *self)
             raise_status(self->member->state, status, &none, "map data segment privately");
             return false;
         }
-        segment->private = base;
+        if (segment->private == NULL) {
+            segment->private = base;
+        } else { /* another thread was faster while the opener ran; all must see the same private pages */
+            shmc_segment_unmap(base, segment->size_bytes);
+        }
     }
     if (segment->private_uses == NULL) {
         segment->private_uses = calloc(segment->size_bytes / SHMC_PAGE_BYTES + 1, sizeof *segment->private_uses);
@@ -93,6 +97,12 @@ static void lease_dealloc(LeaseObject *self)
     Py_DECREF(type);
 }
 
+/* Ended by release(), though the hold may last: see lease_getbuffer. */
+static bool is_released(const LeaseObject *self)
+{
+    return self->member == NULL || self->ended;
+}
+
 static PyObject *raise_released(const LeaseObject *self)
 {
     return PyErr_Format(PyExc_ValueError, "use lease: it was released (slot %u, generation %llu); attach again",
@@ -105,21 +115,48 @@ static PyObject *lease_release(LeaseObject *self, PyObject *Py_UNUSED(ignored))
         return PyErr_Format(PyExc_BufferError,
                             "release lease: %zd arrays or buffers over it are alive; drop them first", self->exports);
     }
-    lease_finish(self);
+    self->ended = true;
+    if (!self->kept_by_address) {
+        lease_finish(self);
+    }
     Py_RETURN_NONE;
 }
 
+/* A View that counts as an export while it lives; `private` was mapped before. */
+static ViewObject *new_view(LeaseObject *self, bool private)
+{
+    ViewObject *view = PyObject_New(ViewObject, self->member->state->view_type);
+    if (view != NULL) {
+        view->lease = (LeaseObject *)Py_NewRef(self);
+        view->private = private;
+        view->base = (private ? self->segment->private : self->segment->shared) + self->offset_bytes;
+        self->exports++;
+    }
+    return view;
+}
+
+/* numpy.ndarray(buffer=) and torch.frombuffer() give a buffer back at once and keep the memory with the object that it was
+ * got from. So who asks for the format as well, as memoryview does, gets a View, which counts for as long as anybody keeps
+ * it; and after a request without, as those two make, the hold lasts as long as the lease object does, whatever
+ * release() says. */
 static int lease_getbuffer(LeaseObject *self, Py_buffer *buffer, int flags)
 {
-    if (self->member == NULL) {
+    if (is_released(self)) {
         buffer->obj = NULL;
         raise_released(self);
         return -1;
+    }
+    if ((flags & PyBUF_FORMAT) != 0) {
+        ViewObject *view = new_view(self, false);
+        int result = view != NULL ? PyObject_GetBuffer((PyObject *)view, buffer, flags) : -1;
+        Py_XDECREF(view);
+        return result;
     }
     if (PyBuffer_FillInfo(buffer, (PyObject *)self, self->segment->shared + self->offset_bytes,
                           (Py_ssize_t)self->size_bytes, 1, flags) != 0) {
         return -1;
     }
+    self->kept_by_address = true;
     self->exports++;
     return 0;
 }
@@ -135,29 +172,22 @@ static PyObject *lease_view(LeaseObject *self, PyObject *const *arguments, Py_ss
     if (private < 0 || (count > 1 && !check_arguments("view", count, 1))) {
         return NULL;
     }
-    if (self->member == NULL) {
+    if (is_released(self)) {
         return raise_released(self);
     }
     if (private && !owns_pages(self)) {
         const struct shmc_detail detail = {self->block.block_bytes, self->block.block_offset};
         return raise_status(self->member->state, SHMC_SHARED_PAGES, &detail, "map block privately");
     }
-    if (private && !map_privately(self)) {
-        return NULL;
-    }
-    ViewObject *view = PyObject_New(ViewObject, self->member->state->view_type);
-    if (view != NULL) {
-        view->lease = (LeaseObject *)Py_NewRef(self);
-        view->private = private;
-        view->base = (private ? self->segment->private : self->segment->shared) + self->offset_bytes;
-        self->exports++;
-    }
+    self->exports++; /* the opener is Python: another thread may run, and must not release us meanwhile */
+    ViewObject *view = !private || map_privately(self) ? new_view(self, private) : NULL;
+    self->exports--;
     return (PyObject *)view;
 }
 
 static PyObject *lease_modified(LeaseObject *self, PyObject *Py_UNUSED(ignored))
 {
-    if (self->member == NULL || !self->private_used) {
+    if (is_released(self) || !self->private_used) {
         Py_RETURN_FALSE;
     }
     uint64_t offset = self->block.block_offset;
@@ -168,7 +198,7 @@ static PyObject *lease_modified(LeaseObject *self, PyObject *Py_UNUSED(ignored))
 static PyObject *lease_pass_on(LeaseObject *self, PyObject *argument)
 {
     struct tokens tokens;
-    if (self->member == NULL) {
+    if (is_released(self)) {
         return raise_released(self);
     }
     struct module_state *state = self->member->state;
@@ -195,7 +225,7 @@ static PyObject *lease_pass_on(LeaseObject *self, PyObject *argument)
 static PyObject *lease_pending(LeaseObject *self, PyObject *argument)
 {
     struct tokens tokens;
-    if (self->member == NULL) {
+    if (is_released(self)) {
         return raise_released(self);
     }
     if (!as_tokens(argument, &tokens)) {
@@ -214,7 +244,7 @@ static PyObject *lease_pending(LeaseObject *self, PyObject *argument)
 
 static PyObject *lease_get_address(LeaseObject *self, void *Py_UNUSED(closure))
 {
-    return self->member != NULL ? PyLong_FromVoidPtr(self->segment->shared + self->offset_bytes) : raise_released(self);
+    return !is_released(self) ? PyLong_FromVoidPtr(self->segment->shared + self->offset_bytes) : raise_released(self);
 }
 
 static PyObject *lease_get_nbytes(LeaseObject *self, void *Py_UNUSED(closure))
@@ -224,17 +254,17 @@ static PyObject *lease_get_nbytes(LeaseObject *self, void *Py_UNUSED(closure))
 
 static PyObject *lease_get_released(LeaseObject *self, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(self->member == NULL);
+    return PyBool_FromLong(is_released(self));
 }
 
 static PyObject *lease_get_owns_pages(LeaseObject *self, void *Py_UNUSED(closure))
 {
-    return self->member != NULL ? PyBool_FromLong(owns_pages(self)) : raise_released(self);
+    return !is_released(self) ? PyBool_FromLong(owns_pages(self)) : raise_released(self);
 }
 
 static PyObject *lease_get_hash(LeaseObject *self, void *Py_UNUSED(closure))
 {
-    if (self->member == NULL) {
+    if (is_released(self)) {
         return raise_released(self);
     }
     bool whole = self->offset_bytes == self->block.block_offset && self->size_bytes == self->block.block_bytes;

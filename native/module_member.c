@@ -2,9 +2,12 @@
 #include "module.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include <structmember.h>
 
 /* ---- Segment: unmapped in dealloc and nowhere else ----------------------------------------------------------------- */
 
@@ -46,15 +49,15 @@ SegmentObject *segment_new(const struct module_state *state, uint32_t number, ui
 
 static SegmentObject *map_for_reading(const struct module_state *state, uint32_t number, int fd)
 {
-    const struct shmc_detail none = {0, 0};
     uint64_t size_bytes;
     void *base;
+    struct shmc_detail detail = {0, SHMC_PAGE_BYTES};
     enum shmc_status status = shmc_segment_size(fd, &size_bytes);
     if (status == SHMC_OK) {
-        status = shmc_segment_map(fd, size_bytes, SHMC_MAP_READ, &base);
+        status = size_bytes != 0 ? shmc_segment_map(fd, size_bytes, SHMC_MAP_READ, &base) : SHMC_SEGMENT_SHORT;
     }
     if (status != SHMC_OK) {
-        raise_status(state, status, &none, "map data segment");
+        raise_status(state, status, &detail, "map data segment");
         return NULL;
     }
     SegmentObject *self = segment_new(state, number, size_bytes);
@@ -160,6 +163,7 @@ static MemberObject *member_alloc(PyTypeObject *type, PyObject *opener)
     if (self != NULL) {
         self->state = state;
         self->member = (struct shmc_member){0};
+        self->weakrefs = NULL;
         self->opener = Py_NewRef(opener);
         self->segments = NULL;
         self->segment_count = 0;
@@ -238,6 +242,9 @@ static void member_dealloc(MemberObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
+    if (self->weakrefs != NULL) {
+        PyObject_ClearWeakRefs((PyObject *)self);
+    }
     while (self->segment_count > 0) {
         forget_segment(self, self->segment_count - 1);
     }
@@ -425,10 +432,8 @@ static PyObject *member_sweep_peers(MemberObject *self, PyObject *Py_UNUSED(igno
         return NULL;
     }
     unsigned swept;
-    Py_BEGIN_ALLOW_THREADS
-    swept = shmc_peer_sweep(&self->member.control, fd);
-    Py_END_ALLOW_THREADS
-    close(fd);
+    Py_BEGIN_ALLOW_THREADS swept = shmc_peer_sweep(&self->member.control, fd);
+    Py_END_ALLOW_THREADS close(fd);
     if (self->member.index == SHMC_OWNER && swept != 0) {
         shmc_atomic_u64 *word = &self->member.control.header->metrics[SHMC_METRIC_SWEPT];
         shmc_relaxed_store(word, shmc_relaxed_load(word) + swept);
@@ -512,6 +517,11 @@ static PyGetSetDef member_properties[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
+static PyMemberDef member_members[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(MemberObject, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyMethodDef member_methods[] = {
     {"create", (PyCFunction)(void (*)(void))member_create, METH_VARARGS | METH_CLASS,
      "Become the owner of a new arena."},
@@ -534,6 +544,7 @@ static PyType_Slot member_slots[] = {
     {Py_tp_traverse, member_traverse},
     {Py_tp_clear, member_clear},
     {Py_tp_methods, member_methods},
+    {Py_tp_members, member_members},
     {Py_tp_getset, member_properties},
     {Py_tp_doc, "This process in one arena."},
     {0, NULL},

@@ -242,7 +242,7 @@ static PyObject *owner_publish(OwnerObject *self, PyObject *const *arguments, Py
 /* All or nothing: what was published of a list that can not be finished was seen by nobody, and is taken back. */
 static void withdraw_all(OwnerObject *self, PyObject *list)
 {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list) && PyList_GET_ITEM(list, i) != NULL; i++) {
         PyObject *item = PyList_GET_ITEM(list, i);
         uint32_t slot = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(item, 0));
         shmc_owner_withdraw(&self->owner, slot, PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(item, 1)));
@@ -256,23 +256,21 @@ static PyObject *owner_publish_many(OwnerObject *self, PyObject *const *argument
     if (!check_arguments("publish_many", count, 6) || !as_terms(arguments + 1, 5, &terms)) {
         return NULL;
     }
-    PyObject *sequence = PySequence_Fast(arguments[0], "publish_many takes a sequence of buffers");
-    PyObject *result = sequence != NULL ? PyList_New(0) : NULL;
+    PyObject *sequence = PySequence_Tuple(arguments[0]); /* of our own: nobody changes it while the GIL is dropped */
+    PyObject *result = sequence != NULL ? PyList_New(PyTuple_GET_SIZE(sequence)) : NULL;
     shmc_owner_reclaim(&self->owner, false);
-    for (Py_ssize_t i = 0; result != NULL && i < PySequence_Fast_GET_SIZE(sequence); i++) {
-        PyObject *item = publish_object(self, PySequence_Fast_GET_ITEM(sequence, i), &terms);
-        if (item == NULL || item == Py_None || PyList_Append(result, item) != 0) {
+    for (Py_ssize_t i = 0; result != NULL && i < PyTuple_GET_SIZE(sequence); i++) {
+        PyObject *item = publish_object(self, PyTuple_GET_ITEM(sequence, i), &terms);
+        if (item == NULL || item == Py_None) { /* an error, or no space */
             PyObject *type, *value, *traceback;
             PyErr_Fetch(&type, &value, &traceback);
             withdraw_all(self, result);
             PyErr_Restore(type, value, traceback);
-            Py_CLEAR(result);
-            if (item == Py_None) { /* no space */
-                Py_DECREF(sequence);
-                return item;
-            }
+            Py_DECREF(result);
+            Py_DECREF(sequence);
+            return item;
         }
-        Py_XDECREF(item);
+        PyList_SET_ITEM(result, i, item);
     }
     Py_XDECREF(sequence);
     return result;

@@ -152,14 +152,14 @@ enum shmc_status shmc_owner_retire_segment(struct shmc_owner *owner, uint32_t nu
         return SHMC_OK;
     }
     /* readers map it still: without the punch, unlinking would give nothing back */
-    status = shmc_segment_punch(segment->base, segment->size_bytes);
+    (void)shmc_segment_punch(segment->base, segment->size_bytes); /* where it fails, the last reader to unmap does it */
     owner->reserved_bytes -= segment->size_bytes;
     set_metric(owner, SHMC_METRIC_RESERVED_BYTES, owner->reserved_bytes);
     *segment = (struct shmc_data_segment){0};
     shmc_release_store(&record->number, 0); /* pairs with the load in shmc_control_segment */
     *index = i;
     *done = true;
-    return status;
+    return SHMC_OK;
 }
 
 /* ---- blocks without a claim --------------------------------------------------------------------------------------- */
@@ -391,11 +391,15 @@ bool shmc_owner_release(struct shmc_owner *owner, uint32_t slot, uint64_t genera
 
 bool shmc_owner_withdraw(struct shmc_owner *owner, uint32_t slot, uint64_t generation)
 {
-    if (find_slot(owner, slot, generation) == NULL) {
+    struct shmc_slot_private *private = find_slot(owner, slot, generation);
+    if (private == NULL) {
         return false;
     }
-    shmc_slot_revoke(&owner->member->control, slot, 0);
-    shmc_slot_revoke(&owner->member->control, slot, 0); /* the first may only have cleared X */
+    private->lasting = 0;
+    if (!shmc_slot_revoke(&owner->member->control, slot, 0)) {
+        /* a reader has passed it on: that promise is not ours to break before a deadline of its own */
+        private->deadline_ns = deadline_after(private->timeout_ns);
+    }
     shmc_owner_release(owner, slot, generation);
     return true;
 }

@@ -84,7 +84,8 @@ enum shmc_status shmc_owner_alias(struct shmc_owner *owner, uint32_t slot, uint6
 /* End the arena's own hold; false where there is none. */
 bool shmc_owner_release(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
 
-/* End every claim that nobody has made use of yet, the arena's own hold included; false where the block is gone. */
+/* End what the owner has promised and nobody has made use of yet, the arena's own hold included; false where the block is
+ * gone. What a reader has passed on since then stays until a deadline. */
 bool shmc_owner_withdraw(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
 
 /* Wait until a release was noticed or the time is up; bounded whatever notices get lost. Reads nothing private. */

@@ -98,8 +98,8 @@ class Arena:
             raise ValueError(f"max_blocks {max_blocks}: 1 to {_native.SLOT_COUNT_MAX} are possible")
         grant_ns = _timeout_ns("grant_timeout", grant_timeout)
         idle_ns = _timeout_ns("idle_timeout", idle_timeout)
-        sweep(namespace)
         with process.fork_guard:
+            sweep(namespace)
             member = _create_control(namespace, limit, max_blocks)
         segments = growth.Segments(_native.Owner(member), namespace, member.arena_id, limit, step, idle_ns)
         arena = Arena(namespace, member, segments, grant_ns)
@@ -289,12 +289,11 @@ class Arena:
             self._closed = True
             return
         with self._segments.lock:
-            if not self._closed:
-                self._closed = True
-                self._owner.end()
-                self._segments.unlink_all()
+            self._owner.end()
+            self._segments.unlink_all()
+            process.forget(self._head)
+            self._closed = True  # last: a close that was interrupted can be called again
         self._wake.set()
-        process.members.pop(self._head, None)
 
     def __enter__(self) -> "Arena":
         return self
@@ -323,6 +322,11 @@ class Arena:
         if isinstance(readers, int):
             if readers < 0 or (readers == 0 and not keep):
                 raise ValueError(f"publish: readers={readers} and keep={keep}: nobody would hold the block")
+            if readers > _native.PEER_COUNT:
+                raise ValueError(
+                    f"publish: readers={readers}, but {_native.PEER_COUNT} processes can be in an arena; to name one "
+                    "process by its token, pass a list"
+                )
             return readers, (), keep, grant_ns, hashed
         if isinstance(readers, str):
             if readers != "all":
@@ -331,6 +335,8 @@ class Arena:
         else:
             own = _native.process_token()
             tokens = tuple([token for token in readers if token != own])
+            if not all(isinstance(token, int) and 0 <= token < 1 << 64 for token in tokens):
+                raise ValueError(f"publish: readers={tokens!r} are not all process tokens, 64-bit integers")
         if not tokens and not keep:
             raise ValueError(
                 f"publish: readers={readers!r} names no other process and keep is False: nobody would hold it"
@@ -386,6 +392,8 @@ class Arena:
         return result if result is not None else self._get_slowly(action, attempt, nbytes, timeout)
 
     def _get_slowly(self, action: str, attempt: Callable[[], T | None], nbytes: int, timeout: float) -> T:
+        if not timeout >= 0:
+            raise ValueError(f"{action}: timeout={timeout!r} is not a number of seconds")
         began = time.monotonic()
         if nbytes > self._segments.max_bytes:
             raise self._segments.full(action, nbytes, 0.0)
@@ -416,7 +424,9 @@ class Arena:
         self._owner.reclaim(True)
 
     def _scrub(self, nbytes: int) -> None:
-        if self._member.sweep_peers():
+        with process.fork_guard:  # it opens and locks the control segment for a moment
+            swept = self._member.sweep_peers()
+        if swept:
             self._owner.reclaim()
 
     def _grow(self, nbytes: int) -> None:

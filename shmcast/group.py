@@ -468,12 +468,11 @@ def _torch_is_initialised() -> bool:
 
 
 def _describe_error(error: BaseException) -> bytes:
-    return (
-        _ERROR
-        + json.dumps(
-            {"type": type(error).__name__, "text": str(error), "traceback": "".join(traceback.format_exception(error))}
-        ).encode()
-    )
+    try:
+        text, trace = str(error), "".join(traceback.format_exception(error))
+    except Exception as second:  # the others wait for a message, whatever the error's own __str__ does
+        text, trace = f"its text can not be had: {type(second).__name__}", ""
+    return _ERROR + json.dumps({"type": type(error).__name__, "text": text, "traceback": trace}).encode()
 
 
 def _error_text(blob: bytes, entry: int) -> str:

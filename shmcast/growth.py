@@ -57,7 +57,9 @@ class Segments:
             try:
                 self.owner.add_segment(self._number, fd, size)
             except BaseException:
-                names.unlink(name)
+                # A signal's exception may come when the segment is in service already.
+                if self._number not in [number for number, *_ in self.owner.segments()]:
+                    names.unlink(name)
                 raise
             finally:
                 os.close(fd)

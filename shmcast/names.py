@@ -144,6 +144,10 @@ def _open(name: str, flags: int, *, read_only: bool) -> int:
         raise ArenaError(
             errno.EINVAL, f"open segment {name}: it is a directory, or something else that is no file"
         ) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL):
+            raise ArenaError(error.errno, f"open segment {name}: it is no regular file: {error.strerror}") from None
+        raise
     return fd
 
 

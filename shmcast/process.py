@@ -6,6 +6,7 @@ A forked child starts with none: what it inherited it may not use (see `_native.
 import errno
 import os
 import threading
+import weakref
 from collections.abc import Callable
 
 from . import _native, names
@@ -19,6 +20,10 @@ members: dict[Key, _native.Member] = {}
 
 fork_guard = threading.RLock()
 """Held while a descriptor is open whose lock must end with this process: a child forked meanwhile would keep it alive."""
+
+_alive: "weakref.WeakValueDictionary[Key, _native.Member]" = weakref.WeakValueDictionary()
+"""Also memberships that were forgotten while leases keep them: a process has one byte of an arena, never two, or grants
+would be given to the one and consumed with the other."""
 
 _JOIN_ATTEMPTS = 8
 
@@ -47,14 +52,17 @@ def join(key: Key) -> _native.Member:
         member = members.get(key)
         if member is None or member.inherited or member.ended:
             _forget_ended()
-            member = members[key] = _join(namespace, arena)
+            member = _alive.get(key)
+            if member is None or member.inherited or member.ended:
+                member = _alive[key] = _join(namespace, arena)
+            members[key] = member
     return member
 
 
 def adopt(key: Key, member: _native.Member) -> None:
     """Make the owner's own membership known, so that it attaches what it has published itself."""
     with fork_guard:
-        members[key] = member
+        members[key] = _alive[key] = member
 
 
 def forget(key: Key) -> None:
@@ -64,11 +72,14 @@ def forget(key: Key) -> None:
 
 
 def leave(namespace: str, arena: int) -> None:
-    """Give this process's byte of an arena up at once. Leases that exist must be gone; the owner closes instead."""
+    """Give this process's byte of an arena up at once. BufferError while leases exist; the owner closes instead."""
+    key = namespace, arena, names.host_id()
     with fork_guard:
-        member = members.pop((namespace, arena, names.host_id()), None)
-    if member is not None and member.index != 0:
-        member.leave()
+        member = _alive.get(key)
+        if member is not None and member.index != 0:
+            member.leave()
+            _alive.pop(key, None)
+            members.pop(key, None)
 
 
 def leave_all() -> None:
@@ -117,6 +128,7 @@ def _start_afresh() -> None:
     global fork_guard
     fork_guard = threading.RLock()
     members.clear()
+    _alive.clear()
 
 
 # Looked up at the time, as a child has another guard than its parent.

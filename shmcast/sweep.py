@@ -35,8 +35,8 @@ def sweep(namespace: str | None = None) -> SweepReport:
     for arena, numbers in arenas.items():
         try:
             here, length = _sweep_arena(namespace, arena, numbers)
-        except PermissionError:
-            continue
+        except OSError:
+            continue  # of another user, no file of ours, or damaged: one such name must not keep the others
         removed += here
         nbytes += length
         swept += bool(here)

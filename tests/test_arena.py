@@ -451,11 +451,13 @@ def on_a_small_host(parent, size: str) -> None:
             assert "/dev/shm has" in str(error), error
         assert len(handles) >= 6, len(handles)
         assert all((shmcast.attach(handle).array == n).all() for n, handle in enumerate(handles))
-        segments = arena.stats()["segments"] + 1
-        assert len(os.listdir("/dev/shm")) == segments
+        with arena._segments.lock:  # the keeper may be trying to grow
+            segments = arena.stats()["segments"] + 1
+            assert len(os.listdir("/dev/shm")) == segments
         arena.release(handles[3])
         assert is_there(arena.publish(block(MIB)))
-        assert len(os.listdir("/dev/shm")) == segments
+        with arena._segments.lock:
+            assert len(os.listdir("/dev/shm")) == segments
     assert os.listdir("/dev/shm") == []
     parent.send("done")
 
@@ -467,6 +469,32 @@ def test_a_small_host(child) -> None:
         pytest.skip(answer)
     assert peer.receive() == "done"
     peer.join()
+
+
+class Interrupted:
+    """An owner whose process gets a signal just when a segment has been added."""
+
+    def __init__(self, owner) -> None:
+        self.owner = owner
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.owner, name)
+
+    def add_segment(self, *arguments: int) -> None:
+        self.owner.add_segment(*arguments)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_growing_leaves_the_name_of_a_segment_in_service(namespace) -> None:
+    with shmcast.Arena.create("2MiB", segment_bytes="1MiB") as arena:
+        segments, owner = arena._segments, arena._segments.owner
+        segments.owner = Interrupted(owner)
+        with pytest.raises(KeyboardInterrupt):
+            segments.add(MIB)
+        segments.owner = owner
+        numbers = [number for number, *_ in owner.segments()]
+        assert numbers == [1, 2]
+        assert all(os.path.exists(f"/dev/shm{segments.name(number)}") for number in numbers)
 
 
 # ---- a random walk beside a model

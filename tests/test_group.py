@@ -400,3 +400,20 @@ def test_ranks_apart_send_pickles(ranks: Ranks, how: str) -> None:
         pytest.skip("this process may not have a /dev/shm of its own")
     assert expected in entry
     assert others == ["", ""]
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class FailsUnprintably:
+    def __reduce__(self) -> object:
+        raise Unprintable
+
+
+def test_an_error_without_a_text_is_still_told() -> None:
+    with shmcast.Group(max_bytes="1MiB") as group:
+        with pytest.raises(Unprintable):
+            group.broadcast(FailsUnprintably())
+        assert group.broadcast(1) == 1

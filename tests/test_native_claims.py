@@ -41,6 +41,9 @@ class Raw:
         return names.segment_name(self.namespace, self.id, number)
 
     def open(self, number):
+        return self.opened(number)
+
+    def opened(self, number):
         return names.open_readable(self.name(number)) if number else names.open_writable(self.name(0))
 
     def add_segment(self, size_bytes):
@@ -332,12 +335,22 @@ def test_withdraw_ends_what_nobody_has_used(raw, start):
     one = start()
     block = raw.publish(count=3, tokens=[one.token], keep=True)
     assert ask(one, "attach", block) is True
-    assert ask(one, "pass_on", block, raw.member.tokens() and _native.process_token()) in (0, 1)
     assert raw.owner.withdraw(*block[:2])
     assert raw.used() == 1
     assert ask(one, "release", block) == "released"
     assert raw.used() == 0
     assert not raw.owner.withdraw(*block[:2])
+
+
+def test_withdraw_leaves_what_a_reader_has_passed_on(raw, start):
+    one, two = start(), start()
+    block = raw.publish(count=3, keep=True)
+    assert ask(one, "attach", block) is True
+    assert ask(one, "pass_on", block, two.token) == 1
+    assert ask(one, "release", block) == "released"
+    assert raw.owner.withdraw(*block[:2])
+    assert raw.used(revoke=True) == 1  # a deadline of its own has begun
+    assert ask(two, "attach", block) is True
 
 
 def test_the_32nd_process_is_told(raw, start):
@@ -443,6 +456,61 @@ def test_written_private_pages_go_with_the_last_lease(raw):
     third = raw.attach(block)
     assert bytes(third.view(True)) == PAYLOAD
     assert not third.modified()
+
+
+def test_two_threads_that_map_privately_at_once_see_the_same_pages(raw):
+    block = raw.publish(keep=True)
+    first, second = raw.attach(block), raw.attach(block)
+    views = []
+    original = raw.opened
+
+    def open_slowly(number):
+        raw.opened = original
+        views.append(memoryview(second.view(True)))  # another thread is faster while the opener runs
+        return original(number)
+
+    raw.opened = open_slowly
+    views.append(memoryview(first.view(True)))
+    views[0][0] = 77
+    assert views[1][0] == 77
+    assert first.modified() and second.modified()
+
+
+def test_a_lease_can_not_be_released_while_it_is_being_mapped(raw):
+    lease = raw.attach(raw.publish(keep=True))
+    original = raw.opened
+
+    def open_and_release(number):
+        raw.opened = original
+        with pytest.raises(BufferError):
+            lease.release()
+        return original(number)
+
+    raw.opened = open_and_release
+    assert bytes(lease.view(True)) == PAYLOAD
+
+
+@pytest.mark.parametrize("through", ["memoryview", "lease"])
+def test_memory_that_numpy_keeps_by_address_stays(raw, through):
+    numpy = pytest.importorskip("numpy")
+    block = raw.publish(keep=True)
+    lease = raw.attach(block)
+    array = numpy.ndarray((len(PAYLOAD),), "u1", memoryview(lease) if through == "memoryview" else lease)
+    raw.owner.release(*block[:2])
+    if through == "memoryview":
+        with pytest.raises(BufferError):
+            lease.release()
+    else:
+        lease.release()
+        assert lease.released
+        with pytest.raises(ValueError, match="released"):
+            lease.view()
+    del lease
+    assert raw.used() == 1
+    assert raw.publish(b"n" * len(PAYLOAD), keep=True)
+    assert bytes(array) == PAYLOAD
+    del array
+    assert raw.used() == 1
 
 
 def test_a_small_block_is_never_mapped_privately(raw):

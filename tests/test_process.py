@@ -218,3 +218,21 @@ def forks_while_joining(parent, raw: bytes) -> None:
     thread.join()
     assert statuses == {0}, statuses
     parent.send("ended")
+
+
+def forgets_and_attaches_again(parent, first: bytes, second: bytes) -> None:
+    lease = shmcast.attach(first)
+    process.forget(lease.handle[:3])
+    again = shmcast.attach(second)
+    parent.send((len(process.members), int(again.array.sum()) == 4))
+    parent.receive()
+
+
+def test_a_process_has_one_byte_of_an_arena(child) -> None:
+    with shmcast.Arena.create("1MiB") as arena:
+        handles = [arena.publish(np.full(4, 1, "u1"), readers=0, keep=True) for _ in range(2)]
+        peer = child(forgets_and_attaches_again, *(handle.to_bytes() for handle in handles))
+        assert peer.receive() == (1, True)
+        assert len(arena.peers) == 1
+        assert sorted(arena._member.tokens().values()) == [0, 1]
+        peer.join()

@@ -9,7 +9,7 @@ import pytest
 
 import shmcast
 from shmcast import _native, names
-from shmcast.errors import ArenaGoneError
+from shmcast.errors import ArenaError, ArenaGoneError
 
 SHM = Path(names.DIRECTORY)
 
@@ -196,3 +196,16 @@ def test_creating_and_sweeping_at_once(namespace) -> None:
         thread.join()
     assert failures == []
     assert files(namespace) == set()
+
+
+def test_a_link_in_place_of_a_control_segment_disturbs_nobody(namespace) -> None:
+    link = f"/dev/shm/shmcast.{namespace}.{0:016x}.0"
+    os.symlink("/nowhere", link)
+    try:
+        assert shmcast.sweep() == (0, (), 0)
+        with shmcast.Arena.create("1MiB") as arena:
+            foreign = arena.publish(np.zeros(4), keep=True)
+            with pytest.raises(ArenaError, match="no regular file"):
+                shmcast.attach(foreign._replace(arena=0))
+    finally:
+        os.unlink(link)
