@@ -142,10 +142,13 @@ PyObject *int_from_hash(uint64_t low, uint64_t high)
 
 /* ---- hashing ---------------------------------------------------------------------------------------------------------- */
 
-static PyObject *hash_buffer(enum shmc_hash_path path, PyObject *object, uint64_t seed)
+static PyObject *hash_buffer(PyObject *module, enum shmc_hash_path path, PyObject *object, uint64_t seed)
 {
+    const struct module_state *state = PyModule_GetState(module);
+    /* a lease takes a plain request for somebody who keeps the memory (module_lease.c); numpy has no format for dates */
+    int flags = PyObject_TypeCheck(object, state->lease_type) ? PyBUF_CONTIG_RO | PyBUF_FORMAT : PyBUF_SIMPLE;
     Py_buffer buffer;
-    if (PyObject_GetBuffer(object, &buffer, PyBUF_CONTIG_RO | PyBUF_FORMAT) != 0) {
+    if (PyObject_GetBuffer(object, &buffer, flags) != 0) {
         return NULL;
     }
     shmc_hash128 hash;
@@ -159,7 +162,7 @@ static PyObject *hash_buffer(enum shmc_hash_path path, PyObject *object, uint64_
     return int_from_hash(hash.low64, hash.high64);
 }
 
-static PyObject *module_hash128(PyObject *Py_UNUSED(module), PyObject *arguments, PyObject *keywords)
+static PyObject *module_hash128(PyObject *module, PyObject *arguments, PyObject *keywords)
 {
     static char *names[] = {"", "seed", NULL};
     PyObject *object, *seed_object = NULL;
@@ -168,7 +171,7 @@ static PyObject *module_hash128(PyObject *Py_UNUSED(module), PyObject *arguments
         (seed_object != NULL && !as_u64(seed_object, &seed))) {
         return NULL;
     }
-    return hash_buffer(shmc_hash_path_active(), object, seed);
+    return hash_buffer(module, shmc_hash_path_active(), object, seed);
 }
 
 static bool as_path(const char *name, enum shmc_hash_path *path)
@@ -201,7 +204,7 @@ static PyObject *module_hash_paths(PyObject *Py_UNUSED(module), PyObject *Py_UNU
     return result;
 }
 
-static PyObject *module_hash_with(PyObject *Py_UNUSED(module), PyObject *arguments)
+static PyObject *module_hash_with(PyObject *module, PyObject *arguments)
 {
     const char *name;
     PyObject *object;
@@ -210,7 +213,7 @@ static PyObject *module_hash_with(PyObject *Py_UNUSED(module), PyObject *argumen
     if (!PyArg_ParseTuple(arguments, "sOK:hash_with", &name, &object, &seed) || !as_path(name, &path)) {
         return NULL;
     }
-    return hash_buffer(path, object, seed);
+    return hash_buffer(module, path, object, seed);
 }
 
 static bool get_pair(PyObject *target, PyObject *source, Py_buffer *to, Py_buffer *from)
