@@ -133,12 +133,24 @@ static uint32_t raise_incarnation(struct shmc_control *control, unsigned p)
     return shmc_seq_add(&control->peers[p].incarnation, 1) + 1;
 }
 
+/* Whatever p has claimed: blocks, and segments whose pages it had registered with a GPU driver. */
+static void scrub(struct shmc_control *control, unsigned p)
+{
+    shmc_slot_scrub(control, p);
+    for (unsigned i = 0; i < SHMC_SEGMENT_COUNT; i++) {
+        shmc_atomic_u64 *mark = &control->segments[i].mark;
+        if ((shmc_seq_load(mark) & SHMC_HOLD(p)) != 0) {
+            shmc_seq_and(mark, ~SHMC_HOLD(p)); /* pairs with the compare-and-swap in shmc_owner_retire_segment */
+        }
+    }
+}
+
 void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t token)
 {
     struct shmc_peer_record *record = &control->peers[p];
     /* not ready from here on: `ready` still has the number before this one, or 0 */
     uint32_t incarnation = raise_incarnation(control, p);
-    shmc_slot_scrub(control, p);
+    scrub(control, p);
     describe_process(record);
     shmc_relaxed_store(&record->step, 0);
     shmc_relaxed_store(&record->failed_step, 0);
@@ -166,7 +178,7 @@ void shmc_peer_leave(struct shmc_control *control, unsigned p)
     /* pairs with the load in shmc_peer_find: no grant is given to us by name from here on */
     shmc_release_store(&control->peers[p].ready, 0);
     raise_incarnation(control, p);
-    shmc_slot_scrub(control, p);
+    scrub(control, p);
 }
 
 unsigned shmc_peer_sweep(struct shmc_control *control, int fresh_fd)

@@ -1,7 +1,9 @@
 """The core's claims on blocks, seen through _native alone: grants, readers=n, pass on, revoke, death, takeover."""
 
+import mmap
 import os
 import secrets
+import signal
 
 import pytest
 
@@ -115,6 +117,11 @@ def peer(parent, namespace, arena):
         elif verb == "pass_on":
             block, token = args
             parent.send(leases[tuple(block)][0].grant_to([token]))
+        elif verb == "fork":
+            if os.fork() == 0:
+                signal.pause()  # outlives us; the end of the test ends it
+                os._exit(0)
+            parent.send("forked")
         elif verb == "leave":
             member.leave()
             parent.send("left")
@@ -232,6 +239,18 @@ def test_who_takes_a_dead_peers_byte_gets_none_of_its_claims(raw, start):
     assert ask(two, "attach", granted) == "StaleHandleError"
     with pytest.raises(PeerLostError, match=f"{one.token:#x}"):
         raw.publish(tokens=[one.token])
+    assert raw.used() == 0
+
+
+def test_a_dead_process_is_dead_though_its_forked_child_lives(raw, start):
+    one = start()
+    block = raw.publish(count=1)
+    assert ask(one, "attach", block) is True
+    assert ask(one, "fork") == "forked"
+    assert raw.member.alive(one.token)
+    one.kill()
+    assert not raw.member.alive(one.token)
+    assert raw.member.sweep_peers() == 1
     assert raw.used() == 0
 
 
@@ -439,6 +458,23 @@ def test_an_empty_segment_is_punched_and_a_used_one_is_not(raw):
     os.close(fd)
     assert [segment[0] for segment in raw.owner.segments()] == [again[2]]
     assert bytes(raw.attach(again)) == b"x" * (MIB // 2 + 4096)
+
+
+FIRST_MARK = 12288 + 16  # segments[0].mark in native/layout.h
+
+
+def test_a_pinned_segment_is_not_punched_until_its_peer_is_dead(raw, start):
+    one = start()
+    fd = raw.open(0)
+    with mmap.mmap(fd, 0) as control:
+        os.close(fd)
+        control[FIRST_MARK : FIRST_MARK + 8] = (1 << one.index).to_bytes(8, "little")
+        assert not raw.owner.retire_segment(1)
+        # A pin is no claim on a block: a sweep has something to do for it only where there is a process that died.
+        one.kill()
+        assert raw.member.sweep_peers() == 1
+        assert raw.owner.retire_segment(1)
+        assert control[FIRST_MARK + 7] == 0x80  # retired
 
 
 def test_written_private_pages_go_with_the_last_lease(raw):
