@@ -477,6 +477,28 @@ def test_a_pinned_segment_is_not_punched_until_its_peer_is_dead(raw, start):
         assert control[FIRST_MARK + 7] == 0x80  # retired
 
 
+def test_a_reader_unmaps_what_was_given_back_when_it_maps_something_else(raw, namespace):
+    reader = joined(namespace, raw.id)
+    first = raw.publish(keep=True)
+    lease = reader.attach(_native.Lease, *first)
+    raw.add_segment(MIB)
+    second = raw.publish(b"x" * MIB, keep=True)
+    assert (first[2], second[2]) == (1, 2)
+    lease.release()
+    raw.owner.release(*first[:2])
+    raw.owner.reclaim()
+    assert raw.owner.retire_segment(1)
+
+    def mapped(number):
+        with open("/proc/self/maps") as maps:
+            return raw.name(number) + "\n" in maps.read()
+
+    assert mapped(1)
+    lease = reader.attach(_native.Lease, *second)
+    assert mapped(2)
+    assert not mapped(1)
+
+
 def test_written_private_pages_go_with_the_last_lease(raw):
     block = raw.publish(keep=True)
     first, second = raw.attach(block), raw.attach(block)
