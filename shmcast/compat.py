@@ -51,8 +51,6 @@ def broadcast_pyobj(
         received = torch_groups.broadcast_object(data if is_source else None, process_group, src)
     else:
         received = _group_for(process_group, src, entry).broadcast(data, local=True)
-    if is_source and data is not None:
-        return data
     result: list[Any] = received
     return result
 
