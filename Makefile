@@ -1,5 +1,6 @@
 # make bench   the main job: tensor-parallel ranks on real photographs        make test    the whole suite
 # make check   linters, types, formats, builds with -Werror                   make format  what check would complain of
+# make bench-async   the same on a stream of requests that arrive faster than they can be served
 #
 # Needs git, python3 (3.10 or newer, with venv and headers), a C compiler; no root. The rest goes into ./.venv.
 # Variables: ARGS=... for the program that is run; PYTHON=... to build the environment from;
@@ -17,11 +18,11 @@ PIP = bin/python -m pip --disable-pip-version-check --no-input
 PY = $(VENV)/bin/python
 
 SOURCES = $(wildcard native/*.c native/*.h)
-C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch])
+C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch] tests/native/*.c)
 # The directory too: a file that is added or removed changes it. Python files are used from the tree as they are.
 BUILD_INPUTS = CMakeLists.txt pyproject.toml native $(SOURCES)
 
-.PHONY: help bench bench-core test test-core check format clean distclean
+.PHONY: help bench bench-async bench-core test test-core check format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +31,10 @@ help:
 bench: $(VENV)/.installed
 	@mkdir -p build
 	$(PY) benchmarks/tp_shm.py --json build/bench.json --plot build/bench.svg $(ARGS)
+
+bench-async: $(VENV)/.installed
+	@mkdir -p build
+	$(PY) benchmarks/tp_shm.py --rate 60 --json build/bench-async.json --plot build/bench-async.svg $(ARGS)
 
 bench-core: $(VENV)/.installed
 	@mkdir -p build

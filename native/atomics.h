@@ -2,7 +2,8 @@
  *
  * Slot words and incarnations are sequentially consistent: the protocol was checked under sequential consistency, and
  * its publish/join handshake is a store-load pattern (grant then read incarnation, against raise incarnation then
- * scrub) that nothing weaker orders. Everything else is release/acquire; what only people read is relaxed.
+ * scrub) that nothing weaker orders. So is a bell: condition then sleepers, against sleepers then condition.
+ * Everything else is release/acquire; what only people read is relaxed.
  * On x86 a sequentially consistent load is a plain load, so the strong choice costs nothing where it is frequent.
  *
  * A call site names its partner: "pairs with ... in ...". */
@@ -20,6 +21,7 @@ _Static_assert(ATOMIC_INT_LOCK_FREE == 2 && ATOMIC_LLONG_LOCK_FREE == 2, "shared
 
 /* sequentially consistent */
 #define shmc_seq_load(p) atomic_load_explicit((p), memory_order_seq_cst)
+#define shmc_seq_store(p, v) atomic_store_explicit((p), (v), memory_order_seq_cst)
 #define shmc_seq_exchange(p, v) atomic_exchange_explicit((p), (v), memory_order_seq_cst)
 #define shmc_seq_add(p, v) atomic_fetch_add_explicit((p), (v), memory_order_seq_cst)
 #define shmc_seq_and(p, v) atomic_fetch_and_explicit((p), (v), memory_order_seq_cst)
@@ -36,6 +38,11 @@ static inline bool shmc_seq_cas(shmc_atomic_u64 *word, uint64_t *expected, uint6
 /* for counters that nobody decides by, and for the owner's scan, which decides by a second, stronger look */
 #define shmc_relaxed_load(p) atomic_load_explicit((p), memory_order_relaxed)
 #define shmc_relaxed_store(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
+#define shmc_relaxed_add(p, v) ((void)atomic_fetch_add_explicit((p), (v), memory_order_relaxed))
+static inline bool shmc_relaxed_cas(shmc_atomic_u64 *word, uint64_t *expected, uint64_t desired)
+{
+    return atomic_compare_exchange_weak_explicit(word, expected, desired, memory_order_relaxed, memory_order_relaxed);
+}
 
 /* Orders streaming (non-temporal) stores before the exchange that publishes them: locked instructions do not. */
 static inline void shmc_fence_streaming_stores(void)

@@ -17,6 +17,7 @@ static void lay_out(struct shmc_control *control, void *base, uint64_t bytes, ui
         .segments = (void *)(at + SHMC_SEGMENTS_OFFSET),
         .words = (void *)(at + SHMC_WORDS_OFFSET),
         .records = (void *)(at + shmc_layout_records_offset(slot_count)),
+        .ring = (void *)(at + shmc_layout_ring_offset(slot_count)),
         .slot_count = slot_count,
     };
 }

@@ -12,6 +12,7 @@ struct shmc_control {
     struct shmc_segment_record *segments;
     shmc_atomic_u64 *words;
     struct shmc_record *records;
+    struct shmc_ring_region *ring;
     uint32_t slot_count;
 };
 

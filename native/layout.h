@@ -1,4 +1,4 @@
-/* layout.h: what lies in shared memory. Normative; nothing else defines a shared byte.
+/* layout.h: what lies in shared memory. Normative; nothing else defines a shared byte (metrics: with metrics.h).
  *
  * CONTRACT
  *   An arena is one control segment and up to SHMC_SEGMENT_COUNT live data segments, all POSIX shared memory:
@@ -20,6 +20,11 @@
  *   L            the owner as trustee until a deadline: somebody will attach who can not be named by a bit
  *   X            a pass-on has touched the word since the owner last looked; not a claim
  *   generation   arena-wide publish sequence number; 64 bits, never wraps; a handle names (slot, generation)
+ *   bell         where peers sleep until something that they wait for may have come true; one of three
+ *   ring         small messages of the owner to all ranks of a group, in order; an entry holds one or a piece of one
+ *   fellow       a peer that is a rank of a group, as its records name it: index and incarnation
+ *   word         how far a fellow has come; mask: what of that message it could not take in
+ *   verdict      the last message that all fellows have agreed on
  *
  * THE CONTROL SEGMENT
  *
@@ -27,7 +32,9 @@
  *          | header: magic, format, sizes, identity           constant     |
  *      128 |         state                                    owner/sweeper|
  *      192 |         release notice (futex)                   everybody    |
- *     1024 |         metrics block                            owner        |
+ *      256 |         bells: sent, read, agreed (futexes)      everybody    |
+ *      448 |         verdict                                  fellows      |
+ *     1024 |         metrics block                            everybody    |
  *     4096 +---------------------------------------------------------------+
  *          | peers[32]     256 bytes each; 31 used            each its own |
  *    12288 +---------------------------------------------------------------+
@@ -36,6 +43,8 @@
  *          | words[slot_count]    8 bytes each                everybody    |
  *          +---------------------------------------------------------------+
  *          | records[slot_count] 64 bytes each                owner; took  |
+ *          +---------------------------------------------------------------+ next page
+ *          | ring: head, 4096 bytes; entries[64], 4096 each   owner        |
  *          +---------------------------------------------------------------+
  *   words are apart from records so that the owner finds what became free by reading 8 bytes a slot.
  *   One page of the file, mapped once more through the descriptor that took the lock and marked MADV_DONTFORK, is
@@ -64,6 +73,55 @@
  *      joined --[leaver: ready=0, scrub own bits, unmap the lock page]--> free
  *      joined --[death: the kernel drops the lock]--> free --[sweeper: lock, incarnation+1, scrub, unlock]--> free
  *
+ * A BELL      condition: whatever the sleeper waits for; another word of the control segment
+ *      sleeper p: read rung; set bit p of sleepers; condition true -> go on; else futex-wait while rung is what was read
+ *      ringer   : make the condition true; sleepers == 0 -> done; else exchange sleepers with 0; rung+1; futex-wake all
+ *   Both sides store, then load what the other side stores, so all four accesses are sequentially consistent: either
+ *   the ringer sees the bit or the sleeper sees the condition. A bit may be taken by who rings for another condition;
+ *   that one raises rung afterwards, so that a sleeper who had read rung before it set the bit does not sleep. Who is
+ *   woken looks again, and sets its bit again if it has to. A bit is a hint: one that is set for nobody costs a system
+ *   call, once; a sleeper that is killed leaves at most its own bit, which the next ring or the scrub clears. A ringer
+ *   that is killed between condition and wake lets others sleep on, so every sleep has a time limit of half a second
+ *   or so, after which the sleeper looks for itself.
+ *
+ * THE RING    one writer, the owner; any number of readers, each with a count of its own
+ *      head          entries ever written; never goes back. Entry n lies at n mod 64
+ *      ring_read[p]  entries that reader p is done with; only p writes it, and who takes the byte over (0)
+ *   The writer fills entry n once every reader of the group is done with entry n - 64; then head = n + 1 (sequentially
+ *   consistent, for the bell `sent`; it also releases the entry). A reader looks at entry n once head > n (acquire),
+ *   copies it out, checks the copy, then ring_read = n + 1 (sequentially consistent, for the bell `read`; it also
+ *   releases the place). A reader that is stopped stops the writer, 64 entries later; one that has died does until its
+ *   incarnation is raised. A message that is longer than one entry takes several in a row and streams through. A group
+ *   begins at the head of that moment and its readers set their counts to it; a count of earlier days is lower, so
+ *   that a reader that has not done so yet makes the writer wait and nothing worse. Whatever a reader finds is
+ *   checked: it is this entry, of this group, continues this message, fits, and hashes to what it says.
+ *
+ * AGREEMENT   every fellow's word and mask, each written by its own process alone; one verdict, in the header
+ *      word    2n: message n is taken in; 2n + 1: waiting for the next one; bit 63: the fellow has ended, and will take
+ *              in nothing more. With bit 63 set the rest still says what it has taken in
+ *      mask    what the fellow could not take in of that message, a bit each; written before the word
+ *      failed_step   the last word 2n at which a mask was not 0; 0: never
+ *      verdict       the last word 2n that was agreed on, and the fellow that found so; bit 63: broken, nothing after
+ *                    that word will ever be agreed on. The owner starts it anew for every group
+ *      decided_...   what a fellow has found: all masks, and who has one that is not 0
+ *   Who takes part in the agreement on n records n, and goes on to n + 1 only when the verdict says n or broken.
+ *   Messages that nobody agrees on pass in between: fellows may be any number of those apart. Meanwhile it looks:
+ *      verdict at 2n         the finder's decided_ fields are the answer
+ *      broken before         there is none
+ *      all words >= 2n       read the masks; write own decided_ fields; compare-and-swap the verdict from what it was
+ *                            before the words were read to (2n, self), or look again; ring `agreed`
+ *      a fellow ended or left before n    make the verdict broken by compare-and-swap, unless it says n by now
+ *      else                  sleep at `agreed`
+ *   So there is one answer, whoever stops or dies when. One mask a fellow is enough: it is overwritten only after the
+ *   verdict says n, and who reads it too late finds the verdict changed. One answer a fellow is enough: it finds for m
+ *   > n only where every word is >= 2m, so all have got the answer on n.
+ *   All of it stays valid when its fellow leaves or dies: word and mask until the byte is taken over, the decided_
+ *   fields for good. After a leave or a sweep the incarnation is one more than it was and `ready` is 0. Who takes the
+ *   byte over resets word and mask after it has raised the incarnation (release, acquire), so reading the incarnation
+ *   last tells.
+ *   The bell `agreed` is rung by whose word was the last (of two that record at once the later store sees both), by
+ *   who changes the verdict, and by who ends; who ends rings the other two bells as well.
+ *
  * THE LIFE OF AN ARENA
  *      create: open exclusively; lock byte 0; the name is still this inode; reserve; header; magic last
  *      end   : (closing owner, or sweeper that has locked byte 0 and found the name still this inode)
@@ -78,7 +136,7 @@
 #include "atomics.h"
 
 #define SHMC_MAGIC 0x31747361636d6873ull /* "shmcast1" */
-#define SHMC_FORMAT 1u                   /* raised with every change of what the bytes below mean */
+#define SHMC_FORMAT 2u                   /* raised with every change of what the bytes below mean */
 
 enum {
     SHMC_PAGE_BYTES = 4096,
@@ -87,6 +145,8 @@ enum {
     SHMC_SEGMENT_COUNT = 256,    /* live data segments */
     SHMC_SLOT_COUNT_MAX = 1 << 20,
     SHMC_COMMAND_BYTES = 96,
+    SHMC_RING_ENTRIES = 64, /* a reader may be that many behind before the writer waits; a power of two */
+    SHMC_RING_ENTRY_BYTES = 4096,
 };
 
 /* ---- the slot word -------------------------------------------------------------------------------------------- */
@@ -103,6 +163,13 @@ enum {
 /* ---- header --------------------------------------------------------------------------------------------------- */
 
 enum shmc_arena_state { SHMC_ARENA_OPEN = 1, SHMC_ARENA_ENDED = 2 };
+
+/* On a cache line of its own: `sleepers` is read whenever something is sent, and hardly ever written. */
+struct shmc_bell {
+    shmc_atomic_u32 rung;     /* futex word */
+    shmc_atomic_u32 sleepers; /* bit p: peer p sleeps here, or is about to */
+    uint32_t _reserved0[14];
+};
 
 struct shmc_header {
     /* constant once magic is set; written by the creator */
@@ -129,23 +196,20 @@ struct shmc_header {
     shmc_atomic_u32 waiting; /* 1 while the owner waits */
     uint32_t _reserved2[14];
 
-    uint8_t _reserved3[768];
+    /* 256 */
+    struct shmc_bell sent;   /* readers wait for a message: head has grown */
+    struct shmc_bell read;   /* the writer waits for room: a ring_read has grown */
+    struct shmc_bell agreed; /* fellows wait for words */
 
-    /* 1024: the metrics block; written by the owner (relaxed stores of 64-bit words), read by anybody, never trusted.
-     * Words 0..7 are set today (enum shmc_metric); the rest is zero until a metric is given a place there. */
+    /* 448: see AGREEMENT */
+    shmc_atomic_u64 verdict;
+    uint64_t _reserved3[7];
+
+    uint8_t _reserved4[512];
+
+    /* 1024: the metrics block: words that every peer adds to, read by anybody, never trusted, nothing decided by them.
+     * Which word counts what, and why relaxed is enough, is in metrics.h; words without a row there are zero. */
     shmc_atomic_u64 metrics[384];
-};
-
-enum shmc_metric {
-    SHMC_METRIC_RESERVED_BYTES, /* live data segments */
-    SHMC_METRIC_USED_BYTES,     /* blocks that the owner has not found free yet */
-    SHMC_METRIC_PEAK_USED_BYTES,
-    SHMC_METRIC_PUBLISHED, /* blocks ever published */
-    SHMC_METRIC_PUBLISHED_BYTES,
-    SHMC_METRIC_GROWN,   /* data segments ever added */
-    SHMC_METRIC_REVOKED, /* slots whose claims were revoked past their deadline */
-    SHMC_METRIC_SWEPT,   /* dead peers scrubbed by the owner */
-    SHMC_METRIC_COUNT,
 };
 
 /* ---- peers ---------------------------------------------------------------------------------------------------- */
@@ -160,14 +224,25 @@ struct shmc_peer_record {
     uint64_t start_ticks;             /* start time, clock ticks since boot (field 22 of /proc/self/stat) */
     char command[SHMC_COMMAND_BYTES]; /* NUL-terminated, cut */
 
-    /* 128: a line of its own, written by peer p alone. The ranks of a group agree through these words without a
-     * collective: `step` says how far this rank has come, and `failed_step` at which step it last could not map what a
-     * message named (0: never). A reader that has seen a step (acquire) sees the failure at that step as well. How steps
-     * are counted is the group's to say (shmcast/group.py). */
-    shmc_atomic_u64 step;
+    /* 128: two lines of their own, written by peer p, and by who takes its byte over. See AGREEMENT and THE RING. */
+    shmc_atomic_u64 step; /* the word */
     shmc_atomic_u64 failed_step;
-    uint64_t _reserved1[14];
+    shmc_atomic_u64 mask;
+    shmc_atomic_u64 ring_read;
+    shmc_atomic_u64 decided_parts; /* all masks */
+    shmc_atomic_u64 decided_ranks; /* bit r: the mask of rank r was not 0 */
+    uint64_t _reserved1[10];
 };
+
+#define SHMC_WORD_ENDED (UINT64_C(1) << 63)
+#define SHMC_VERDICT_BROKEN (UINT64_C(1) << 63)
+/* bits 0..4: the peer that found it; 5..46: the word; 47..62: which group of this arena, so that a fellow of an earlier
+ * one that was stopped midway changes nothing when it goes on */
+#define SHMC_VERDICT_GROUP (UINT64_C(1) << 47)
+#define SHMC_VERDICT_GROUPS (UINT64_C(0xffff) << 47)
+#define SHMC_VERDICT(before, word, p) (((before) & SHMC_VERDICT_GROUPS) | (word) << 5 | (p))
+#define SHMC_VERDICT_WORD(verdict) (((verdict) & (SHMC_VERDICT_GROUP - 1)) >> 5)
+#define SHMC_VERDICT_PEER(verdict) ((unsigned)((verdict) & 31u))
 
 /* ---- data segments -------------------------------------------------------------------------------------------- */
 
@@ -209,6 +284,28 @@ enum shmc_record_flag {
 #define SHMC_TOOK_ONE (UINT64_C(1) << 32)
 #define SHMC_TOOK_LEFT(took) ((uint32_t)((took) >> 32))
 
+/* ---- the ring ------------------------------------------------------------------------------------------------- */
+
+/* Written by the owner between two heads. A reader copies the first 48 bytes, then checks them, then copies bytes. */
+struct shmc_ring_entry {
+    uint64_t number;        /* entries before this one, ever */
+    uint64_t group;         /* which group it is for: hash of its processes and of where it begins */
+    uint64_t message_bytes; /* of the whole message */
+    uint64_t offset_bytes;  /* where in the message these bytes belong; 0: it begins here */
+    uint64_t hash;          /* low half of the XXH3-128 of the bytes; seed: shmc_ring_seed */
+    uint32_t bytes;
+    uint32_t _reserved0;
+    uint8_t payload[SHMC_RING_ENTRY_BYTES - 48];
+};
+
+struct shmc_ring_region {
+    shmc_atomic_u64 head;
+    uint8_t _reserved0[SHMC_PAGE_BYTES - 8];
+    struct shmc_ring_entry entries[SHMC_RING_ENTRIES];
+};
+
+enum { SHMC_RING_PAYLOAD_BYTES = sizeof(((struct shmc_ring_entry *)0)->payload) };
+
 /* ---- where things are ----------------------------------------------------------------------------------------- */
 
 #define SHMC_PEERS_OFFSET 4096
@@ -222,10 +319,15 @@ static inline uint64_t shmc_layout_records_offset(uint32_t slot_count)
     return (end + 63) & ~UINT64_C(63);
 }
 
-static inline uint64_t shmc_layout_control_bytes(uint32_t slot_count)
+static inline uint64_t shmc_layout_ring_offset(uint32_t slot_count)
 {
     uint64_t end = shmc_layout_records_offset(slot_count) + (uint64_t)slot_count * sizeof(struct shmc_record);
     return (end + SHMC_PAGE_BYTES - 1) & ~(uint64_t)(SHMC_PAGE_BYTES - 1);
+}
+
+static inline uint64_t shmc_layout_control_bytes(uint32_t slot_count)
+{
+    return shmc_layout_ring_offset(slot_count) + sizeof(struct shmc_ring_region);
 }
 
 #define SHMC_AT(type, field, offset) \
@@ -245,7 +347,14 @@ SHMC_AT(shmc_header, segment_count, 80);
 SHMC_AT(shmc_header, state, 128);
 SHMC_AT(shmc_header, freed, 192);
 SHMC_AT(shmc_header, waiting, 196);
+SHMC_AT(shmc_header, sent, 256);
+SHMC_AT(shmc_header, read, 320);
+SHMC_AT(shmc_header, agreed, 384);
+SHMC_AT(shmc_header, verdict, 448);
 SHMC_AT(shmc_header, metrics, 1024);
+SHMC_AT(shmc_bell, rung, 0);
+SHMC_AT(shmc_bell, sleepers, 4);
+_Static_assert(sizeof(struct shmc_bell) == 64, "bell is one cache line");
 _Static_assert(sizeof(struct shmc_header) == SHMC_PEERS_OFFSET, "header is one page");
 SHMC_AT(shmc_peer_record, incarnation, 0);
 SHMC_AT(shmc_peer_record, ready, 4);
@@ -255,6 +364,10 @@ SHMC_AT(shmc_peer_record, start_ticks, 24);
 SHMC_AT(shmc_peer_record, command, 32);
 SHMC_AT(shmc_peer_record, step, 128);
 SHMC_AT(shmc_peer_record, failed_step, 136);
+SHMC_AT(shmc_peer_record, mask, 144);
+SHMC_AT(shmc_peer_record, ring_read, 152);
+SHMC_AT(shmc_peer_record, decided_parts, 160);
+SHMC_AT(shmc_peer_record, decided_ranks, 168);
 _Static_assert(sizeof(struct shmc_peer_record) == 256, "peer record is 256 bytes");
 _Static_assert(SHMC_PEERS_OFFSET + 32 * sizeof(struct shmc_peer_record) == SHMC_SEGMENTS_OFFSET,
                "peers end where segments start");
@@ -273,6 +386,16 @@ SHMC_AT(shmc_record, flags, 36);
 SHMC_AT(shmc_record, hash_low, 40);
 SHMC_AT(shmc_record, hash_high, 48);
 _Static_assert(sizeof(struct shmc_record) == 64, "slot record is one cache line");
+SHMC_AT(shmc_ring_entry, number, 0);
+SHMC_AT(shmc_ring_entry, group, 8);
+SHMC_AT(shmc_ring_entry, message_bytes, 16);
+SHMC_AT(shmc_ring_entry, offset_bytes, 24);
+SHMC_AT(shmc_ring_entry, hash, 32);
+SHMC_AT(shmc_ring_entry, bytes, 40);
+SHMC_AT(shmc_ring_entry, payload, 48);
+_Static_assert(sizeof(struct shmc_ring_entry) == SHMC_RING_ENTRY_BYTES, "ring entry is one page");
+_Static_assert((SHMC_RING_ENTRIES & (SHMC_RING_ENTRIES - 1)) == 0, "ring entries are a power of two");
+SHMC_AT(shmc_ring_region, entries, 4096);
 #undef SHMC_AT
 
 #endif

@@ -348,6 +348,7 @@ static PyMethodDef module_methods[] = {
      "Take the owner's lock through a descriptor; False if it is taken."},
     {"mark_ended", module_mark_ended, METH_O, "Mark the arena behind a descriptor as ended."},
     {"inspect", module_inspect, METH_O, "Look at a control segment without joining."},
+    {"metric", module_metric, METH_O, "Index of a metric, for the calls of Meter."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -361,6 +362,8 @@ static int module_execute(PyObject *module)
         {&segment_spec, &state->segment_type}, {&member_spec, &state->member_type},
         {&lease_spec, &state->lease_type},     {&view_spec, &state->view_type},
         {&owner_spec, &state->owner_type},     {&reservation_spec, &state->reservation_type},
+        {&fellows_spec, &state->fellows_type}, {&ring_spec, &state->ring_type},
+        {&meter_spec, &state->meter_type},
     };
     if (!find_exceptions(state)) {
         return -1;
@@ -382,7 +385,9 @@ static int module_execute(PyObject *module)
         PyModule_AddIntConstant(module, "SLOT_COUNT_MAX", SHMC_SLOT_COUNT_MAX) != 0 ||
         PyModule_AddIntConstant(module, "SEGMENT_COUNT", SHMC_SEGMENT_COUNT) != 0 ||
         PyModule_AddIntConstant(module, "BLOCK_ALIGN_BYTES", SHMC_BLOCK_ALIGN_BYTES) != 0 ||
-        PyModule_AddIntConstant(module, "PAGE_BYTES", SHMC_PAGE_BYTES) != 0) {
+        PyModule_AddIntConstant(module, "RING_ENTRIES", SHMC_RING_ENTRIES) != 0 ||
+        PyModule_AddIntConstant(module, "RING_PAYLOAD_BYTES", SHMC_RING_PAYLOAD_BYTES) != 0 ||
+        PyModule_AddIntConstant(module, "PAGE_BYTES", SHMC_PAGE_BYTES) != 0 || !add_metric_constants(module)) {
         return -1;
     }
     return 0;
@@ -400,6 +405,9 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->view_type);
     Py_VISIT(state->owner_type);
     Py_VISIT(state->reservation_type);
+    Py_VISIT(state->fellows_type);
+    Py_VISIT(state->ring_type);
+    Py_VISIT(state->meter_type);
     return 0;
 }
 
@@ -415,6 +423,9 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->view_type);
     Py_CLEAR(state->owner_type);
     Py_CLEAR(state->reservation_type);
+    Py_CLEAR(state->fellows_type);
+    Py_CLEAR(state->ring_type);
+    Py_CLEAR(state->meter_type);
     return 0;
 }
 

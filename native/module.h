@@ -5,8 +5,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "agree.h"
 #include "member.h"
 #include "owner.h"
+#include "ring.h"
 #include "segment.h"
 
 /* Below this the work is done before another thread could have taken the GIL; above it others run meanwhile. */
@@ -14,7 +16,8 @@ enum { SHMC_GIL_BYTES = 64 * 1024 };
 
 struct module_state {
     PyObject *exceptions[SHMC_STATUS_COUNT];
-    PyTypeObject *segment_type, *member_type, *lease_type, *view_type, *reservation_type, *owner_type;
+    PyTypeObject *segment_type, *member_type, *lease_type, *view_type, *reservation_type, *owner_type, *fellows_type,
+        *ring_type, *meter_type;
 };
 
 /* A data segment mapped in this process. Unmapped when the last of those who need it let go: leases and the member for
@@ -69,6 +72,17 @@ typedef struct {
     uint32_t block;
 } ReservationObject;
 
+typedef struct {
+    PyObject_HEAD MemberObject *member;
+    struct shmc_fellows fellows;
+} FellowsObject;
+
+typedef struct {
+    PyObject_HEAD MemberObject *member;
+    struct shmc_ring ring;
+    PyObject *message; /* a reader's, while it is in the middle of one */
+} RingObject;
+
 /* module.c */
 PyObject *raise_status(const struct module_state *state, enum shmc_status status, const struct shmc_detail *detail,
                        const char *action);
@@ -86,6 +100,16 @@ struct tokens {
 bool as_tokens(PyObject *iterable, struct tokens *tokens);
 int open_through(PyObject *opener, uint32_t number); /* -1 with an exception set */
 
+/* module_meter.c */
+typedef struct {
+    PyObject_HEAD MemberObject *member; /* NULL: the words are our own */
+    shmc_atomic_u64 *words;
+} MeterObject;
+
+PyObject *metric_words(const shmc_atomic_u64 *block); /* a list of all that the table names */
+PyObject *module_metric(PyObject *module, PyObject *name);
+bool add_metric_constants(PyObject *module);
+
 /* module_inspect.c */
 PyObject *inspect_control(const struct module_state *state, int fd);
 
@@ -96,6 +120,11 @@ SegmentObject *member_segment(MemberObject *self, uint32_t number); /* borrowed;
 bool member_map(MemberObject *self, uint32_t number, int fd, bool populate);
 void member_unmap(MemberObject *self, uint32_t number);
 
-extern PyType_Spec segment_spec, member_spec, lease_spec, view_spec, reservation_spec, owner_spec;
+/* module_fellows.c */
+bool as_ranks(PyTypeObject *type, PyObject *arguments, const char *format, MemberObject **member, struct tokens *tokens,
+              uint64_t *start);
+
+extern PyType_Spec segment_spec, member_spec, lease_spec, view_spec, reservation_spec, owner_spec, fellows_spec,
+    ring_spec, meter_spec;
 
 #endif

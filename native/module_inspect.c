@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "metrics.h"
+
 static PyObject *inspect_peers(const struct shmc_control *control, int fd)
 {
     PyObject *list = PyList_New(0);
@@ -86,15 +88,15 @@ PyObject *inspect_control(const struct module_state *state, int fd)
     PyObject *segments = peers != NULL ? inspect_segments(&control) : NULL;
     PyObject *result = NULL;
     if (segments != NULL) {
-#define METRIC(name) (unsigned long long)shmc_relaxed_load(&header->metrics[SHMC_METRIC_##name])
+#define METRIC(name) #name, (unsigned long long)shmc_metric_get(header->metrics, SHMC_METRIC_##name)
         result = Py_BuildValue(
-            "{sKsIsKsKsKsOsIsIsIsIsKsKsKsKsKsOsO}", "arena_id", (unsigned long long)header->arena_id, "format",
+            "{sKsIsKsKsKsOsIsIsIsIsKsKsKsKsKsOsOsN}", "arena_id", (unsigned long long)header->arena_id, "format",
             header->format, "created_ns", (unsigned long long)header->created_ns, "max_bytes",
             (unsigned long long)header->max_bytes, "control_bytes", (unsigned long long)control.bytes, "ended",
             shmc_control_ended(&control) ? Py_True : Py_False, "slots", control.slot_count, "claimed", census.claimed,
-            "held", census.held, "granted", census.granted, "claimed_bytes", census.bytes, "reserved_bytes",
-            METRIC(RESERVED_BYTES), "used_bytes", METRIC(USED_BYTES), "peak_used_bytes", METRIC(PEAK_USED_BYTES),
-            "published", METRIC(PUBLISHED), "peers", peers, "segments", segments);
+            "held", census.held, "granted", census.granted, "claimed_bytes", census.bytes, METRIC(reserved_bytes),
+            METRIC(used_bytes), METRIC(peak_used_bytes), METRIC(published), "peers", peers, "segments", segments,
+            "metrics", metric_words(header->metrics));
 #undef METRIC
     }
     Py_XDECREF(peers);

@@ -9,6 +9,8 @@
 
 #include <structmember.h>
 
+#include "metrics.h"
+
 /* ---- Segment: unmapped in dealloc and nowhere else ----------------------------------------------------------------- */
 
 static void segment_dealloc(SegmentObject *self)
@@ -434,10 +436,7 @@ static PyObject *member_sweep_peers(MemberObject *self, PyObject *Py_UNUSED(igno
     unsigned swept;
     Py_BEGIN_ALLOW_THREADS swept = shmc_peer_sweep(&self->member.control, fd);
     Py_END_ALLOW_THREADS close(fd);
-    if (self->member.index == SHMC_OWNER && swept != 0) {
-        shmc_atomic_u64 *word = &self->member.control.header->metrics[SHMC_METRIC_SWEPT];
-        shmc_relaxed_store(word, shmc_relaxed_load(word) + swept);
-    }
+    shmc_metric_add(self->member.control.header->metrics, SHMC_METRIC_swept, swept);
     return PyLong_FromUnsignedLong(swept);
 }
 

@@ -4,6 +4,7 @@
 #include <limits.h>
 
 #include "hash.h"
+#include "metrics.h"
 
 /* ---- terms: how a block is to be published --------------------------------------------------------------------------- */
 
@@ -346,7 +347,7 @@ static PyObject *owner_stats(OwnerObject *self, PyObject *Py_UNUSED(ignored))
     }
     const shmc_atomic_u64 *metrics = owner->member->control.header->metrics;
     uint32_t slots_used = owner->member->control.slot_count - owner->free_slot_count;
-#define METRIC(name) (unsigned long long)shmc_relaxed_load(&metrics[SHMC_METRIC_##name])
+#define METRIC(name) #name, (unsigned long long)shmc_metric_get(metrics, SHMC_METRIC_##name)
     return Py_BuildValue("{sKsKsKsKsKsIsIsKsKsKsKsK}",                                                       //
                          "reserved_bytes", (unsigned long long)owner->reserved_bytes,                        //
                          "used_bytes", (unsigned long long)owner->used_bytes,                                //
@@ -354,8 +355,7 @@ static PyObject *owner_stats(OwnerObject *self, PyObject *Py_UNUSED(ignored))
                          "free_bytes", (unsigned long long)owner->blocks.free_bytes,                         //
                          "largest_free_bytes", (unsigned long long)shmc_blocks_largest_free(&owner->blocks), //
                          "slots_used", slots_used, "slots", owner->member->control.slot_count,               //
-                         "published", METRIC(PUBLISHED), "published_bytes", METRIC(PUBLISHED_BYTES),         //
-                         "grown", METRIC(GROWN), "revoked", METRIC(REVOKED), "swept", METRIC(SWEPT));
+                         METRIC(published), METRIC(published_bytes), METRIC(grown), METRIC(revoked), METRIC(swept));
 #undef METRIC
 }
 

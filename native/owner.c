@@ -8,32 +8,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+#include "metrics.h"
 #include "segment.h"
 
-uint64_t shmc_monotonic_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
+/* ---- metrics ------------------------------------------------------------------------------------------------------ */
 
-static uint64_t deadline_after(uint64_t timeout_ns)
+static shmc_atomic_u64 *metrics_of(const struct shmc_owner *owner)
 {
-    uint64_t now = shmc_monotonic_ns();
-    return timeout_ns < UINT64_MAX - now ? now + timeout_ns : UINT64_MAX;
-}
-
-/* ---- metrics: words that `ls` reads; nothing is decided by them ------------------------------------------------- */
-
-static void set_metric(struct shmc_owner *owner, enum shmc_metric metric, uint64_t value)
-{
-    shmc_relaxed_store(&owner->member->control.header->metrics[metric], value);
-}
-
-static void add_metric(struct shmc_owner *owner, enum shmc_metric metric, uint64_t value)
-{
-    shmc_atomic_u64 *word = &owner->member->control.header->metrics[metric];
-    shmc_relaxed_store(word, shmc_relaxed_load(word) + value);
+    return owner->member->control.header->metrics;
 }
 
 static void count_used(struct shmc_owner *owner, uint64_t more, uint64_t less)
@@ -41,9 +24,14 @@ static void count_used(struct shmc_owner *owner, uint64_t more, uint64_t less)
     owner->used_bytes += more - less;
     if (owner->used_bytes > owner->peak_used_bytes) {
         owner->peak_used_bytes = owner->used_bytes;
-        set_metric(owner, SHMC_METRIC_PEAK_USED_BYTES, owner->peak_used_bytes);
+        shmc_metric_peak(metrics_of(owner), SHMC_METRIC_peak_used_bytes, owner->peak_used_bytes);
     }
-    set_metric(owner, SHMC_METRIC_USED_BYTES, owner->used_bytes);
+    shmc_metric_set(metrics_of(owner), SHMC_METRIC_used_bytes, owner->used_bytes);
+}
+
+static uint64_t live_blocks(const struct shmc_owner *owner)
+{
+    return owner->member->control.slot_count - owner->free_slot_count;
 }
 
 /* ---- life ------------------------------------------------------------------------------------------------------- */
@@ -119,15 +107,15 @@ enum shmc_status shmc_owner_add_segment(struct shmc_owner *owner, uint32_t numbe
         return status;
     }
     owner->segments[i] = (struct shmc_data_segment){
-        .number = number, .size_bytes = size_bytes, .base = base, .idle_since_ns = shmc_monotonic_ns()};
+        .number = number, .size_bytes = size_bytes, .base = base, .idle_since_ns = shmc_clock_ns()};
     struct shmc_segment_record *record = &owner->member->control.segments[i];
     record->size_bytes = size_bytes;
     shmc_relaxed_store(&record->mark, 0);
     /* pairs with the load in shmc_control_segment */
     shmc_release_store(&record->number, number);
     owner->reserved_bytes += size_bytes;
-    set_metric(owner, SHMC_METRIC_RESERVED_BYTES, owner->reserved_bytes);
-    add_metric(owner, SHMC_METRIC_GROWN, 1);
+    shmc_metric_set(metrics_of(owner), SHMC_METRIC_reserved_bytes, owner->reserved_bytes);
+    shmc_metric_add(metrics_of(owner), SHMC_METRIC_grown, 1);
     *index = i;
     return SHMC_OK;
 }
@@ -154,7 +142,8 @@ enum shmc_status shmc_owner_retire_segment(struct shmc_owner *owner, uint32_t nu
     /* readers map it still: without the punch, unlinking would give nothing back */
     (void)shmc_segment_punch(segment->base, segment->size_bytes); /* where it fails, the last reader to unmap does it */
     owner->reserved_bytes -= segment->size_bytes;
-    set_metric(owner, SHMC_METRIC_RESERVED_BYTES, owner->reserved_bytes);
+    shmc_metric_set(metrics_of(owner), SHMC_METRIC_reserved_bytes, owner->reserved_bytes);
+    shmc_metric_add(metrics_of(owner), SHMC_METRIC_retired, 1);
     *segment = (struct shmc_data_segment){0};
     shmc_release_store(&record->number, 0); /* pairs with the load in shmc_control_segment */
     *index = i;
@@ -170,7 +159,7 @@ static uint64_t drop_block(struct shmc_owner *owner, uint32_t block)
     uint64_t freed = shmc_blocks_drop(&owner->blocks, block);
     segment->used_bytes -= freed;
     if (freed != 0 && segment->used_bytes == 0) {
-        segment->idle_since_ns = shmc_monotonic_ns();
+        segment->idle_since_ns = shmc_clock_ns();
     }
     count_used(owner, 0, freed);
     return freed;
@@ -181,6 +170,7 @@ static uint64_t forget_slot(struct shmc_owner *owner, uint32_t slot)
     uint64_t freed = drop_block(owner, owner->slots[slot].block);
     owner->slots[slot].block = SHMC_NO_BLOCK;
     owner->free_slots[owner->free_slot_count++] = slot;
+    shmc_metric_set(metrics_of(owner), SHMC_METRIC_live_blocks, live_blocks(owner));
     return freed;
 }
 
@@ -198,9 +188,9 @@ static void revoke_late(struct shmc_owner *owner, uint32_t slot, uint64_t now_ns
         return;
     }
     if (shmc_slot_revoke(&owner->member->control, slot, private->lasting)) {
-        add_metric(owner, SHMC_METRIC_REVOKED, 1);
+        shmc_metric_add(metrics_of(owner), SHMC_METRIC_revoked, 1);
     }
-    private->deadline_ns = deadline_after(private->timeout_ns);
+    private->deadline_ns = shmc_clock_deadline(private->timeout_ns);
 }
 
 uint64_t shmc_owner_reclaim(struct shmc_owner *owner, bool revoke)
@@ -209,7 +199,7 @@ uint64_t shmc_owner_reclaim(struct shmc_owner *owner, bool revoke)
     if (usable(owner) != SHMC_OK) {
         return 0;
     }
-    uint64_t now_ns = revoke ? shmc_monotonic_ns() : 0;
+    uint64_t now_ns = revoke ? shmc_clock_ns() : 0;
     shmc_atomic_u64 *words = owner->member->control.words;
     for (uint32_t slot = 0; slot < owner->slots_end; slot++) {
         if (revoke && owner->slots[slot].block != SHMC_NO_BLOCK) {
@@ -269,7 +259,7 @@ static void remember(struct shmc_owner *owner, uint32_t slot, uint32_t block, ui
     owner->slots[slot] = (struct shmc_slot_private){
         .block = block,
         .kept = terms->keep,
-        .deadline_ns = lasts ? UINT64_MAX : deadline_after(terms->timeout_ns),
+        .deadline_ns = lasts ? UINT64_MAX : shmc_clock_deadline(terms->timeout_ns),
         .timeout_ns = lasts ? default_ns : terms->timeout_ns,
         .lasting = lasts ? granted | (terms->anonymous != 0 ? SHMC_T : 0) : 0,
     };
@@ -310,8 +300,11 @@ static enum shmc_status publish_slot(struct shmc_owner *owner, uint32_t block, s
     owner->free_slot_count--;
     owner->generation++;
     remember(owner, slot, block, granted, terms);
-    add_metric(owner, SHMC_METRIC_PUBLISHED, 1);
-    add_metric(owner, SHMC_METRIC_PUBLISHED_BYTES, publication->size_bytes);
+    shmc_atomic_u64 *metrics = metrics_of(owner);
+    shmc_metric_add(metrics, SHMC_METRIC_published, 1);
+    shmc_metric_add(metrics, SHMC_METRIC_published_bytes, publication->size_bytes);
+    shmc_metric_set(metrics, SHMC_METRIC_live_blocks, live_blocks(owner));
+    shmc_metric_peak(metrics, SHMC_METRIC_peak_live_blocks, live_blocks(owner));
     *published = (struct shmc_published){
         .generation = owner->generation,
         .offset_bytes = publication->offset_bytes,
@@ -398,7 +391,7 @@ bool shmc_owner_withdraw(struct shmc_owner *owner, uint32_t slot, uint64_t gener
     private->lasting = 0;
     if (!shmc_slot_revoke(&owner->member->control, slot, 0)) {
         /* a reader has passed it on: that promise is not ours to break before a deadline of its own */
-        private->deadline_ns = deadline_after(private->timeout_ns);
+        private->deadline_ns = shmc_clock_deadline(private->timeout_ns);
     }
     shmc_owner_release(owner, slot, generation);
     return true;

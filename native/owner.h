@@ -91,6 +91,4 @@ bool shmc_owner_withdraw(struct shmc_owner *owner, uint32_t slot, uint64_t gener
 /* Wait until a release was noticed or the time is up; bounded whatever notices get lost. Reads nothing private. */
 bool shmc_owner_wait_freed(struct shmc_control *control, uint64_t timeout_ns);
 
-uint64_t shmc_monotonic_ns(void);
-
 #endif

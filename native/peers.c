@@ -8,6 +8,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include "bell.h"
 #include "slots.h"
 
 /* ---- this process --------------------------------------------------------------------------------------------- */
@@ -133,7 +134,7 @@ static uint32_t raise_incarnation(struct shmc_control *control, unsigned p)
     return shmc_seq_add(&control->peers[p].incarnation, 1) + 1;
 }
 
-/* Whatever p has claimed: blocks, and segments whose pages it had registered with a GPU driver. */
+/* Whatever p has claimed: blocks, segments whose pages it had registered with a GPU driver, places at the bells. */
 static void scrub(struct shmc_control *control, unsigned p)
 {
     shmc_slot_scrub(control, p);
@@ -143,6 +144,19 @@ static void scrub(struct shmc_control *control, unsigned p)
             shmc_seq_and(mark, ~SHMC_HOLD(p)); /* pairs with the compare-and-swap in shmc_owner_retire_segment */
         }
     }
+    shmc_bell_forget(&control->header->sent, p);
+    shmc_bell_forget(&control->header->read, p);
+    shmc_bell_forget(&control->header->agreed, p);
+}
+
+/* After the incarnation was raised. Released, so that who finds a word reset finds the new incarnation as well: pairs
+ * with the loads in look_at. */
+static void reset_words(struct shmc_peer_record *record)
+{
+    shmc_release_store(&record->step, 0);
+    shmc_release_store(&record->failed_step, 0);
+    shmc_release_store(&record->mask, 0);
+    shmc_release_store(&record->ring_read, 0);
 }
 
 void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t token)
@@ -152,8 +166,7 @@ void shmc_peer_take_over(struct shmc_control *control, unsigned p, uint64_t toke
     uint32_t incarnation = raise_incarnation(control, p);
     scrub(control, p);
     describe_process(record);
-    shmc_relaxed_store(&record->step, 0);
-    shmc_relaxed_store(&record->failed_step, 0);
+    reset_words(record);
     shmc_relaxed_store(&record->token, token);
     /* pairs with the load in shmc_peer_find */
     shmc_release_store(&record->ready, incarnation);

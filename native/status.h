@@ -46,7 +46,23 @@ struct shmc_detail {
     X(NOT_HELD, "ValueError", ("the lease of slot %llu, generation %llu, is released", a, b))                         \
     X(SHARED_PAGES, "ValueError", ("the block of %llu bytes at offset %llu shares pages with its neighbours; copy it instead", a, b)) \
     X(SEALED, "ValueError", ("the reservation is sealed or aborted"))                                                 \
-    X(CLOSED, "ArenaError", ("the arena is closed"))
+    X(CLOSED, "ArenaError", ("the arena is closed"))                                                                  \
+    X(AGREED_LATER, "GroupError",                                                                                     \
+      ("the ranks have agreed on message %llu already, this rank asks for %llu; it has skipped one, or memory is damaged", a, b)) \
+    X(READER_LOST, "PeerLostError",                                                                                   \
+      ("rank %llu, peer %llu, has left the arena and not read what is in the way", a, b))                             \
+    X(RING_START, "GroupError", ("the group would begin at entry %llu of the ring, which is at %llu", a, b))          \
+    X(RING_NUMBER, "GroupError",                                                                                      \
+      ("the entry says that it is number %llu, this is %llu; another program has written there, or memory is damaged", a, b)) \
+    X(RING_GROUP, "GroupError", ("the entry is for group %#llx, this is %#llx; the entry rank has gone on with others", a, b)) \
+    X(RING_OFFSET, "GroupError",                                                                                      \
+      ("the entry goes on at byte %llu of its message, %llu are here; the entry rank has given one up midway", a, b)) \
+    X(RING_MESSAGE, "GroupError",                                                                                     \
+      ("the entry is of a message of %llu bytes, it began as one of %llu; memory is damaged", a, b))                  \
+    X(RING_BYTES, "GroupError", ("the entry carries %llu bytes, %llu belong there; memory is damaged", a, b))         \
+    X(RING_MEMORY, "GroupError",                                                                                      \
+      ("the message that begins has %llu bytes, for which this process has no memory", a))                            \
+    X(RING_HASH, "GroupError", ("the entry's bytes hash to %#llx, it says %#llx; memory is damaged", a, b))
 /* clang-format on */
 
 enum shmc_status {

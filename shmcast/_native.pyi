@@ -19,6 +19,10 @@ SEGMENT_COUNT: Final[int]
 """Data segments that an arena can have at once (256)."""
 BLOCK_ALIGN_BYTES: Final[int]
 PAGE_BYTES: Final[int]
+RING_ENTRIES: Final[int]
+"""Messages, or pieces of one, that a reader of the ring may be behind before the writer waits (64)."""
+RING_PAYLOAD_BYTES: Final[int]
+"""Longest message, or piece of one, that fits into one entry of the ring."""
 
 Published: TypeAlias = tuple[int, int, int, int, int | None]
 """``(slot, generation, segment, offset, hash)``; ``hash`` is XXH3-128 of the bytes, seed 0, or None where none was asked for."""
@@ -42,7 +46,46 @@ def mark_ended(fd: int, /) -> bool:
     """Mark the arena behind ``fd`` as ended, by who has taken its owner byte. False where there is no header yet."""
 
 def inspect(fd: int, /) -> dict[str, Any]:
-    """Look at a control segment without joining: header, metrics, peers (with liveness by lock), blocks by state."""
+    """Look at a control segment without joining: header, metrics, peers (with liveness by lock), blocks by state.
+
+    ``"metrics"`` are the words of the block, as `METRICS` lays them out."""
+
+METRICS: Final[tuple[tuple[str, str, int, str], ...]]
+"""``(name, kind, first word, what it counts)`` of every metric (``native/metrics.h``).
+
+Kinds: "counter", "gauge", "peak": one word; "histogram" (of ns) and "sizes" (of counts): the sum of what was observed,
+the largest value, then how many values fell in each bucket."""
+HISTOGRAM_ENDS_NS: Final[tuple[int, ...]]
+"""The first value that is too large for each bucket of a histogram but the last, which has no end."""
+SIZES_ENDS: Final[tuple[int, ...]]
+"""The same for sizes."""
+
+def metric(name: str, /) -> int:
+    """Index of a metric in `METRICS`, for the calls of `Meter`. ValueError where there is none."""
+
+class Meter:
+    """Adds to metrics: to those of a member's arena, together with all its other processes, or, without a member, to
+    words of its own. Keeps the member. Writes nothing in a forked child, nor once the member has left.
+
+    ``index``: see `metric`. Values are 0 to 2**64 - 1. ValueError for a metric of another kind."""
+
+    def __init__(self, member: Member | None = None, /) -> None: ...
+    def add(self, index: int, more: int, /) -> None:
+        """Counters."""
+
+    def set(self, index: int, value: int, /) -> None:
+        """Gauges."""
+
+    def peak(self, index: int, value: int, /) -> None:
+        """Peaks: becomes the value where it was less."""
+
+    def observe(self, index: int, value: int, /) -> None:
+        """Histograms, in ns, and sizes."""
+
+    def words(self) -> list[int]: ...
+    @property
+    def shared(self) -> bool:
+        """Whether it writes into an arena."""
 
 class Member:
     """This process in one arena: a peer index, its lock, the mapped control segment and the data segments mapped so far."""
@@ -218,3 +261,65 @@ class Owner:
     def stats(self) -> dict[str, int]: ...
     def end(self) -> None:
         """Mark the arena ended; leases stay valid, new attaches fail. Caller unlinks data segments, then control."""
+
+class Fellows:
+    """The ranks of a group as peers of one arena: what they say in their words, and agreement without a collective.
+
+    A word: ``2 n``: message n is taken in; ``2 n + 1``: waiting for the next; top bit: ended, will take in nothing more."""
+
+    def __init__(self, member: Member, tokens: Sequence[int], /) -> None:
+        """``tokens``: of all ranks, by rank, this process's own included. PeerLostError where one has not joined. The owner
+        makes its own before the first message, and by that ends what an earlier group has agreed on."""
+
+    @classmethod
+    def reset(cls, member: Member, /) -> None:
+        """Our word, as if there had never been a group. Each process does it before any other can make its `Fellows`."""
+
+    def record(self, word: int, failures: int = 0, /) -> None:
+        """Set our word. ``failures``: what of that message could not be taken in, a bit each (64); not 0: also the failed step.
+
+        With the top bit, the word never claims more than was recorded before, and every rank that waits looks again.
+        ArenaError in a forked child."""
+
+    def words(self) -> list[tuple[int, int]]:
+        """``[(word, failed step)]`` by rank; ``(1 << 62, 0)`` where that process is not joined (any more)."""
+
+    def has(self, rank: int, step: int, /) -> bool:
+        """Whether that rank had recorded message ``step`` as taken in, also if it has ended or left since."""
+
+    def agree(self, step: int, timeout_ns: int, /) -> tuple[int, int] | None:
+        """``(all failures of the message, ranks that had one as bits)``, once every rank has recorded it; decided once, the
+        same for all. To be called after recording it and before the next. None: the time is up, or at once: the agreement was
+        given up, or a rank has ended or left before that message; look why, then `give_up` or call again. Waits without
+        the GIL."""
+
+    def give_up(self, step: int, /) -> bool:
+        """Decide for all that nothing from message ``step`` on will be agreed on. False where it has been already: `agree` will
+        say what."""
+
+    def given_up(self) -> bool:
+        """Whether some rank has done that."""
+
+class Ring:
+    """One end of the ring: messages from the owner of an arena to all other ranks of a group."""
+
+    def __init__(self, member: Member, tokens: Sequence[int], start: int, /) -> None:
+        """``tokens`` of all ranks, by rank. ``start``: `position` when the group came about, as its entry rank saw it. Until
+        every reader has made its end the writer has no more room than the ring has. On the owner PeerLostError where one
+        has not joined, GroupError where the ring has gone on since."""
+
+    @classmethod
+    def position(cls, member: Member, /) -> int:
+        """How many entries were ever sent."""
+
+    def send(self, payload: Buffer, done: int, timeout_ns: int, /) -> int | None:
+        """On the owner: send a message from byte ``done`` on, and return how many bytes of it are in; None where not a single
+        entry was, which for an empty message is not 0. Less than all: there was no room in that time, or somebody has
+        ended; look why, and call again. PeerLostError where a reader that has left is in the way."""
+
+    def receive(self, timeout_ns: int, /) -> bytes | None:
+        """On the others: the next message; None where it is not there, or not whole, in that time, or somebody has ended: look
+        why, and call again. GroupError where an entry is not what it has to be."""
+
+    def poll(self) -> bool:
+        """On the others: whether at least the start of a message is there."""

@@ -86,7 +86,8 @@ static void take(struct shmc_blocks *blocks)
         }
         return;
     }
-    if (status != SHMC_OK || blocks->extents[block].size_bytes != size || blocks->extents[block].offset_bytes % align != 0) {
+    if (status != SHMC_OK || blocks->extents[block].size_bytes != size ||
+        blocks->extents[block].offset_bytes % align != 0) {
         fail("an extent is not what was asked for");
     }
     mark(&blocks->extents[block], size, 0, 1);
