@@ -39,6 +39,8 @@ _CREATE_ATTEMPTS = 8
 _WAIT_SLICE_S = 0.05  # a release is noticed at once; deaths and deadlines are seen at the next look
 _FOR_EVER = 1 << 62
 _new = tuple.__new__
+_PUBLISH_NS = _native.metric("publish_ns")
+_PUBLISH_RETRIES = _native.metric("publish_retries")
 
 
 class Arena:
@@ -56,6 +58,7 @@ class Arena:
     ) -> None:
         """Not for callers: `create` makes arenas."""
         self._member = member
+        self._meter = _native.Meter(member)
         self._owner = segments.owner
         self._head = (namespace, member.arena_id, names.host_id())
         self._segments = segments
@@ -141,8 +144,16 @@ class Arena:
         """16 random bytes in the control segment: who reads the same there sees the same memory."""
         return self._member.nonce
 
+    @property
+    def meter(self) -> _native.Meter:
+        """Adds to the arena's metrics; `metrics.snapshot` reads them, also once the arena is closed."""
+        return self._meter
+
     def stats(self) -> dict[str, int]:
-        """Counts and bytes: reserved, used, free, peak, slots, published, segments and more; empty once closed."""
+        """Counts and bytes: reserved, used, free, peak, slots, published, segments and more; empty once closed.
+
+        What nobody has a claim on any more is found free first."""
+        self._owner.reclaim()
         stats = self._owner.stats()
         if stats:
             stats["max_bytes"] = self._segments.max_bytes
@@ -171,6 +182,7 @@ class Arena:
 
         Raises ArenaFullError (the arena stays usable), UnsupportedArrayError, PeerLostError, ArenaError (closed, or this
         is a forked child), ValueError."""
+        began_ns = time.monotonic_ns()
         form = tensors.describe(array)
         terms = self.terms(readers, keep, grant_timeout, hash)
         if digest is not None:
@@ -183,6 +195,7 @@ class Arena:
         else:
             published = self._get("publish", partial(self._owner.publish, form.source, *terms), form.nbytes, timeout)
         self._spend(form.nbytes)
+        self._meter.observe(_PUBLISH_NS, time.monotonic_ns() - began_ns)
         return _new(Handle, (*self._head, *form[:4], digest, *published))
 
     def publish_many(
@@ -203,6 +216,7 @@ class Arena:
 
     def publish_forms(self, forms: "list[arrays.Form]", terms: Terms, timeout: float) -> list[Handle]:
         """`publish_many` of arrays that are described already, for `codec`."""
+        began_ns = time.monotonic_ns()
         head = self._head
         published = None
         sources: list[Any] = [form[4] for form in forms if form[4] is not None]
@@ -214,6 +228,7 @@ class Arena:
         if published is None:
             published = self._publish_one_by_one(forms, terms, timeout)
         self._spend(sum([form[3] for form in forms]))
+        self._meter.observe(_PUBLISH_NS, time.monotonic_ns() - began_ns)
         return [
             _new(Handle, (*head, kind, dtype, shape, nbytes, None, *block))
             for (kind, dtype, shape, nbytes, _, _), block in zip(forms, published, strict=True)
@@ -243,7 +258,9 @@ class Arena:
         self._spend(nbytes)
 
         def seal(block: _native.Reservation) -> Handle:
+            began_ns = time.monotonic_ns()
             published = self._get("seal", partial(block.seal, *terms), 0, timeout)
+            self._meter.observe(_PUBLISH_NS, time.monotonic_ns() - began_ns)
             return _new(Handle, (*self._head, *form, nbytes, digest, *published))
 
         return Reservation(block, form, seal)
@@ -397,6 +414,7 @@ class Arena:
         began = time.monotonic()
         if nbytes > self._segments.max_bytes:
             raise self._segments.full(action, nbytes, 0.0)
+        self._meter.add(_PUBLISH_RETRIES, 1)
         while True:
             host_is_full = False
             with self._segments.lock:

@@ -167,6 +167,11 @@ def flat(buffer: Buffer, nbytes: int) -> ndarray:
     return vector
 
 
+def empty(shape: tuple[int, ...], code: str) -> ndarray:
+    """Private memory, writable and not initialized."""
+    return np.empty(shape, dtype_of(code))
+
+
 def copy(array: ndarray) -> ndarray:
     """A private, writable copy in C order."""
     return np.array(array, order="C", copy=True, subok=False)

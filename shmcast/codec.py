@@ -24,6 +24,7 @@ from .arena import DEFAULT, Arena, Readers
 from .attach import ANYBODY, Lease, Origin, Peer, attach, lease_of
 from .errors import ArenaFullError, HandleError, UnsupportedArrayError
 from .handle import Handle
+from .in_place import InPlace, Spot
 
 MAGIC = b"shmT"
 VERSION = 1
@@ -36,6 +37,9 @@ _ENTRY = Struct("<BQ")
 _INLINE = Struct("<BHB")
 _HANDLE_TAG, _ARRAY_TAG = 0, 1
 _MASK_64 = (1 << 64) - 1
+_FULL, _FULL_BYTES = _native.metric("inline_full"), _native.metric("inline_full_bytes")
+_SMALL, _SMALL_BYTES = _native.metric("inline_small"), _native.metric("inline_small_bytes")
+_UNSUPPORTED, _PASSED_ON = _native.metric("inline_unsupported"), _native.metric("passed_on")
 
 OnFull: TypeAlias = Literal["raise", "inline"]
 
@@ -52,6 +56,10 @@ class Encoded:
         """Of blocks that were there before and have been passed on."""
         self.inline_bytes = 0
         """Bytes of arrays that travel in the blob though they are large enough for the arena."""
+        self.inline_arrays = 0
+        """How many these are."""
+        self.passed_on = 0
+        """Arrays that lay in shared memory already."""
 
     def withdraw(self) -> None:
         """Take back what this call has published. For a blob that was never sent to anybody."""
@@ -94,9 +102,13 @@ def encode(
     min_bytes: int = MIN_BYTES,
     on_full: OnFull = "raise",
     timeout: float = 0.0,
+    in_place: InPlace | None = None,
 ) -> Encoded:
-    """`dumps` for readers that are named, with what was promised to them."""
-    return _encode(tree, arena, tuple(tokens), keep, grant_timeout, timeout, min_bytes, on_full)
+    """`dumps` for readers that are named, with what was promised to them.
+
+    ``in_place``: arrays that lie in its blocks travel as they are; the blocks are published on the same terms, which its
+    maker has given it. What the tree does not use is for the caller to end."""
+    return _encode(tree, arena, tuple(tokens), keep, grant_timeout, timeout, min_bytes, on_full, in_place)
 
 
 def loads(blob: "bytes | bytearray | memoryview") -> Any:
@@ -123,7 +135,11 @@ def loads(blob: "bytes | bytearray | memoryview") -> Any:
             del failure
     stream = io.BytesIO(raw)
     stream.seek(pickle_at)
-    return _Unpickler(stream, things).load()
+    try:
+        return _Unpickler(stream, things).load()
+    except BaseException:
+        things.clear()  # for the same reason
+        raise
 
 
 # ---- out
@@ -137,44 +153,60 @@ class _Taken(NamedTuple):
     form: arrays.Form | None
     """None where it is a view that has not been looked at as an array."""
     inline: bool
+    spot: Spot | None = None
+    """Where it lies in a block that was reserved for the tree."""
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, stream: io.BytesIO, arena: Arena | None, min_bytes: int) -> None:
+    def __init__(self, stream: io.BytesIO, arena: Arena | None, min_bytes: int, in_place: InPlace | None) -> None:
         super().__init__(stream, protocol=5)
         self._arena = arena
         self._min_bytes = min_bytes
+        self._in_place = in_place
         self.taken: list[_Taken] = []
+        self.small = self.small_bytes = self.unsupported = 0
+        """Arrays that travel in the message whatever room there is, by the reason."""
 
     def reducer_override(self, thing: Any) -> Any:
         # Exact types: what a subclass adds is its own to pickle.
         kind = type(thing)
         if kind is arrays.NDARRAY:
-            return self._take(thing) if thing.nbytes >= self._min_bytes else NotImplemented
+            return NotImplemented if self._is_small(thing.nbytes) else self._take(thing)
         if kind is not tensors.tensor_type():
             return NotImplemented
+        small = self._is_small(tensors.size_bytes(thing))
         if not tensors.torch_pickles(thing):
-            return self._take(thing, inline=tensors.size_bytes(thing) < self._min_bytes, always=True)
-        if tensors.size_bytes(thing) >= self._min_bytes:
+            return self._take(thing, inline=small, always=True)
+        if not small:
             return self._take(thing)
         # torch pickles the storage: a small view would take all of a large block with it
         return self._take(thing, inline=True) if tensors.is_small_part(thing) else NotImplemented
 
+    def _is_small(self, nbytes: int) -> bool:
+        """Whether an array is below the threshold; counted if it is."""
+        if nbytes >= self._min_bytes:
+            return False
+        self.small += 1
+        self.small_bytes += nbytes
+        return True
+
     def _take(self, thing: Any, inline: bool = False, always: bool = False) -> Any:
         """Take an array out of the pickle; ``inline``: as bytes; ``always``: rather as bytes than not at all."""
-        origin = form = None
+        origin = form = spot = None
         try:
             if not inline:
-                origin = lease_of(thing)
-            if origin is None:
+                spot = None if self._in_place is None else self._in_place.spot(thing)
+                origin = None if spot is not None else lease_of(thing)
+            if origin is None and spot is None:
                 if self._arena is None and not inline:
                     if not always:
                         return NotImplemented
                     inline = True
                 form = tensors.describe(thing)
         except UnsupportedArrayError:
+            self.unsupported += not inline  # what is inline has been counted as small
             return NotImplemented
-        self.taken.append(_Taken(thing, origin, form, inline))
+        self.taken.append(_Taken(thing, origin, form, inline, spot))
         return _block, (len(self.taken) - 1,)
 
 
@@ -187,34 +219,41 @@ def _encode(
     timeout: float,
     min_bytes: int,
     on_full: OnFull,
+    in_place: InPlace | None = None,
 ) -> Encoded:
     if on_full not in ("raise", "inline"):
         raise ValueError(f"dumps: on_full is 'raise' or 'inline', not {on_full!r}")
     if arena is not None:
         terms = arena.terms(readers, keep, grant_timeout, True)
     stream = io.BytesIO()
-    pickler = _Pickler(stream, arena, min_bytes)
+    pickler = _Pickler(stream, arena, min_bytes, in_place)
     pickler.dump(tree)
     # Nothing has been published so far, so a tree that can not be pickled leaves nothing behind.
     encoded = Encoded(arena)
-    entries: list[bytes | None] = [None] * len(pickler.taken)
+    all_taken = pickler.taken
+    entries: list[bytes | None] = [None] * len(all_taken)
     try:
+        if in_place is not None:
+            all_taken, entries = _seal(in_place, all_taken, on_full, encoded)
         if arena is not None:
-            wanted = [number for number, taken in enumerate(pickler.taken) if taken.form and not taken.inline]
-            forms = [taken.form for taken in pickler.taken if taken.form and not taken.inline]
+            wanted = [number for number, taken in enumerate(all_taken) if taken.form and not taken.inline]
+            forms = [taken.form for taken in all_taken if taken.form and not taken.inline]
             for number, handle in zip(wanted, _publish(arena, forms, terms, timeout, on_full, encoded), strict=True):
                 if handle is not None:
                     entries[number] = handle.to_bytes()
-        for number, taken in enumerate(pickler.taken):
+        for number, taken in enumerate(all_taken):
             if taken.origin is not None:
                 entries[number] = _send_view(arena, taken.origin, readers, keep, grant_timeout, on_full, encoded)
         parts: list[Any] = [_COUNT.pack(len(entries))]
-        for taken, entry in zip(pickler.taken, entries, strict=True):
+        for taken, entry in zip(all_taken, entries, strict=True):
             if entry is not None:
                 parts += _ENTRY.pack(_HANDLE_TAG, len(entry)), entry
+                encoded.passed_on += taken.origin is not None
             else:
                 form = taken.form or tensors.describe(taken.array)
-                encoded.inline_bytes += 0 if taken.inline else form.nbytes
+                if not taken.inline:
+                    encoded.inline_arrays += 1
+                    encoded.inline_bytes += form.nbytes
                 parts += _inline_parts(form)
         parts.append(stream.getbuffer())
         body = b"".join(parts)
@@ -222,7 +261,52 @@ def _encode(
     except BaseException:
         encoded.withdraw()
         raise
+    if arena is not None:
+        _count(arena.meter, pickler, encoded)
     return encoded
+
+
+def _seal(
+    in_place: InPlace, all_taken: list[_Taken], on_full: OnFull, encoded: Encoded
+) -> tuple[list[_Taken], list[bytes | None]]:
+    """Publish the blocks that the tree was made in: what is left to publish otherwise, and entries of what was."""
+    worth = in_place.worth_sealing([taken.spot for taken in all_taken if taken.spot is not None])
+    handles: dict[int, Handle] = {}
+    for number in worth:
+        try:
+            handles[number] = in_place.seal(number)
+        except ArenaFullError:
+            if on_full == "raise":
+                raise
+            continue
+        encoded.handles.append(handles[number])
+    left: list[_Taken] = []
+    entries: list[bytes | None] = []
+    for taken in all_taken:
+        handle = None if taken.spot is None else handles.get(taken.spot.block)
+        if taken.spot is None or handle is not None:
+            left.append(taken)
+        else:
+            left.append(taken._replace(form=tensors.describe(taken.array)))
+        if taken.spot is None or handle is None:
+            entries.append(None)
+        else:
+            _, offset, kind, dtype, shape, nbytes = taken.spot
+            entries.append(handle.part(offset, nbytes, kind, dtype, shape).to_bytes())
+    return left, entries
+
+
+def _count(meter: _native.Meter, pickler: _Pickler, encoded: Encoded) -> None:
+    for metric, more in (
+        (_FULL, encoded.inline_arrays),
+        (_FULL_BYTES, encoded.inline_bytes),
+        (_SMALL, pickler.small),
+        (_SMALL_BYTES, pickler.small_bytes),
+        (_UNSUPPORTED, pickler.unsupported),
+        (_PASSED_ON, encoded.passed_on),
+    ):
+        if more:
+            meter.add(metric, more)
 
 
 def _publish(

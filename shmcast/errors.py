@@ -14,10 +14,13 @@
     ├── GroupError(RuntimeError)         the ranks of a group can not go on together
     │   ├── PeerLostError                a process is not there (any more)
     │   └── GroupTimeoutError(TimeoutError)
-    └── MaterializeError(RuntimeError)   a raw request could not be turned into arrays
+    ├── MaterializeError(RuntimeError)   a raw request could not be turned into arrays
+    └── BackpressureError(RuntimeError)  more requests or bytes than a caster takes at once; later is another matter
 
 A message says action, object and both values, and what to do where there is something to do.
 """
+
+from typing import Any
 
 
 class ShmcastError(Exception):
@@ -69,4 +72,24 @@ class GroupTimeoutError(GroupError, TimeoutError):
 
 
 class MaterializeError(ShmcastError, RuntimeError):
-    """A raw request could not be turned into arrays."""
+    """A raw request could not be turned into arrays. The same on all ranks, so the cause itself is text."""
+
+    rid: Any = None
+    """Of the request."""
+    kind: str = ""
+    """Name of the exception's type on the entry rank; "TimeoutError" where it took too long."""
+    text: str = ""
+    """What the exception said."""
+    traceback: str = ""
+    """As the entry rank would have printed it."""
+
+    @staticmethod
+    def of(rid: object, kind: str, text: str, traceback: str) -> "MaterializeError":
+        """With all that is known."""
+        error = MaterializeError(f"materialize request {rid!r}: {kind}: {text}")
+        error.rid, error.kind, error.text, error.traceback = rid, kind, text, traceback
+        return error
+
+
+class BackpressureError(ShmcastError, RuntimeError):
+    """A caster has as many requests, or as many bytes in flight, as it may have: this one was not taken."""

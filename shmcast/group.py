@@ -1,50 +1,73 @@
-"""`Group`: the ranks of one host, one of which broadcasts object trees to the others through shared memory.
+"""`Group`: the ranks of one host, one of which sends object trees to the others through shared memory.
 
 How a tree travels::
 
-    publish its arrays, one grant a rank
-    one message: the pickle and the handles ──►  attach, rebuild the tree around views
-                                                 step word: taken in, or failed
+    prepare: publish its arrays, one grant a rank
+    pack:    one message of the pickles and the handles
+    carry:   the message through the channel  ──►  unpack: attach, rebuild the trees around views;
+                                                   say so in the step word, and what could not be rebuilt
+                                                   wait until all ranks have said so: the same end everywhere
 
-The entry rank alone decides what the others do (see `meeting` for how a group comes about), and what it could not encode
-travels as a message too, so every rank runs the same collectives whatever happens on one of them. The other ranks answer
-through their step words in shared memory. A word counts double: ``2 n`` when message n has been taken in, ``2 n + 1`` while waiting for
-the next, so that a rank which has not come can be told from those that wait for it. Its top bit says that the rank will
-take in no more: it has closed the group, or seen it break. Failures of a rank are recorded at ``2 n``.
-
-Messages start with what they are: a tree ("shmT", see `codec`), a pickle where no memory is shared (0x80), or the
-error of the entry rank ("shmE", then JSON).
+`broadcast` is all of that for one tree. The entry rank alone decides what the others do (see `meeting` for how a group
+comes about), and what it could not encode travels as a message too, so every rank runs the same steps whatever happens
+on one of them. How far each rank has come, and who is to blame when one does not come: see `roster`. Bytes of a message:
+see `message`.
 """
 
-import json
 import pickle
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from . import _native, codec, meeting
+from . import _native, codec, meeting, message
 from .arena import Arena
 from .attach import Lease, Peer
 from .channels import Channel, LoopbackChannel, Rendezvous
-from .errors import GroupError, GroupTimeoutError, PeerLostError, ShmcastError
+from .codec import Encoded
+from .errors import GroupError, HandleError, PeerLostError
 from .handle import Handle
+from .in_place import InPlace
+from .roster import Roster, ranks_text
 
 MIN_BYTES = 1024
 """Smaller arrays stay in the pickle. Lower than for `dumps`: a handle costs some 20 µs, but a message that no longer fits
 into one frame costs another broadcast, 0.4 ms at 2 ranks and 1 ms at 4, and four arrays of 1 KiB do that."""
 
-_ERROR = b"shmE"
-_ENDED = 1 << 63
-_ABSENT = (1 << 62, 0)
-"""In place of the words of a rank that has left: it is neither behind nor ahead, but not there, which `_dead` finds."""
-_DEATH_S = 2.0
-"""A socket is closed a little before the lock of its dead process is gone; how long to wait for that at most."""
-_LINGER_S = 5.0
+LAST_BIT = 63
+"""Failures of parts travel as 64 bits: part i has bit i, and the last bit stands for this part and all after it."""
+_ALL = (1 << 64) - 1
+
+
+_MESSAGES, _MESSAGE_BYTES = _native.metric("messages"), _native.metric("message_bytes")
+_OVERFLOWS, _MESSAGE_NS = _native.metric("overflows"), _native.metric("message_ns")
+_ATTACH_NS = _native.metric("attach_ns")
+
+_COUNTS = (
+    "messages",
+    "message_bytes",
+    "arrays",
+    "array_bytes",
+    "passed_on",
+    "inline_bytes",
+    "errors",
+    "encode_ns",
+    "attach_ns",
+)
+
+
+class Received(NamedTuple):
+    """One tree of a message, or the error that all ranks have in its place."""
+
+    value: Any
+    error: GroupError | None
 
 
 class _Sent(NamedTuple):
@@ -71,71 +94,74 @@ class Group:
         fallback: meeting.Fallback = "raise",
         min_bytes: int = MIN_BYTES,
         timeout: float | None = None,
-        channel: Literal["auto", "group"] = "auto",
+        channel: meeting.ChannelChoice = "auto",
+        consensus: bool = True,
     ) -> None:
         """``cpu_group``: a gloo group of ``torch.distributed``; None: the default group, or, where there is none, this
         process alone. ``entry``: the rank within the group that sends. ``timeout``: seconds that a rank may make the
-        others wait; None: as the process group was made. ``channel="group"``: over the process group in any case.
+        others wait; None: as the process group was made.
 
         The rest is the entry rank's to say; what other ranks pass is not looked at. ``arena``: one to publish in, which
         stays open; None: one of ``max_bytes``, which is closed with the group. ``fallback``: what all ranks do if they
         do not share memory: "raise", or send pickles ("object"), with a warning on the entry rank. ``min_bytes``: arrays
-        that are smaller stay in the pickle.
+        that are smaller stay in the pickle. ``channel``: "auto": messages go through a ring in shared memory; "group":
+        over the process group in any case. ``consensus=False``: no rank waits for what the others say of a message. That
+        saves a wake-up a message, and what one rank alone could not take in is then an error on that rank alone.
 
         Raises on all ranks alike: GroupError (memory is not shared, and why, by rank), PeerLostError, GroupTimeoutError.
         ValueError for arguments that are wrong on this rank."""
         if fallback not in ("raise", "object"):
             raise ValueError(f"fallback is 'raise' or 'object', not {fallback!r}")
-        self._channel: Channel
-        self._channel = rendezvous = _rendezvous(cpu_group, entry, timeout, channel)
-        self.rank = rendezvous.rank
+        if channel not in ("auto", "group"):
+            raise ValueError(f"channel is 'auto' or 'group', not {channel!r}")
+        self._rendezvous = _rendezvous(cpu_group, entry, timeout, channel)
+        self.rank = self._rendezvous.rank
         """Of this process, within the group."""
-        self.size = rendezvous.size
+        self.size = self._rendezvous.size
         """How many ranks there are."""
-        self.entry = rendezvous.entry
+        self.entry = self._rendezvous.entry
         """The rank that sends."""
-        self.peers: tuple[Peer, ...] = ()
-        """Process tokens by rank; see `shmcast.process_token`."""
-        self.mode: Literal["shared", "object"] = "shared"
-        """Whether arrays travel through shared memory, or everything as a pickle."""
         self._token = _native.process_token()
-        self._others: tuple[Peer, ...] = ()
-        self._memory: meeting.Memory | None = None
         self._min_bytes = min_bytes
-        self._timeout = timeout
-        self._step = 0
+        self._timeout = self._rendezvous.timeout if timeout is None else timeout
         self._sent: deque[_Sent] = deque()
+        # What is packed and not unpacked, by whether it rides; and how many that ride were unpacked.
+        self._packed: dict[bool, list[Encoded]] = {}
+        self._rides = 0
         self._broken: GroupError | None = None
         self._closed = False
         self._busy = threading.Lock()
-        self._counts = dict.fromkeys(
-            (
-                "messages",
-                "message_bytes",
-                "arrays",
-                "array_bytes",
-                "passed_on",
-                "inline_bytes",
-                "errors",
-                "encode_ns",
-                "attach_ns",
-            ),
-            0,
-        )
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        terms = meeting.Terms(fallback, channel, consensus)
         try:
-            self._memory, refusal = meeting.meet(rendezvous, arena, max_bytes, fallback, timeout)
+            self._memory, terms, refusal = meeting.meet(self._rendezvous, arena, max_bytes, terms, timeout)
         except BaseException:
-            rendezvous.close()
+            self._rendezvous.close()
             raise
-        if self._memory is not None:
-            self.peers = self._memory.peers
-            self._others = tuple(peer for peer in self.peers if peer != self._token)
-        else:
-            self.mode = "object"
-            if self.rank == entry:
-                warnings.warn(f"shmcast sends pickles in this group: {refusal}", RuntimeWarning, stacklevel=2)
+        self.mode: Literal["shared", "object"] = "object" if self._memory is None else "shared"
+        """Whether arrays travel through shared memory, or everything as a pickle."""
+        self.consensus = terms.consensus
+        """Whether all ranks come to the same end of every message."""
+        self.peers: tuple[Peer, ...] = () if self._memory is None else self._memory.peers
+        """Process tokens by rank; see `shmcast.process_token`."""
+        self._others = tuple(peer for peer in self.peers if peer != self._token)
+        self._channel: Channel = self._rendezvous
+        try:
+            self._roster = Roster(None if self._memory is None else self._memory.member, self.peers, self.entry)
+            self.meter = _native.Meter(self._roster.member)
+            """Where this group counts, together with its other ranks if memory is shared; see `shmcast.metrics`."""
+            if self._memory is not None and self.size > 1 and terms.channel == "auto":
+                self._channel = meeting.ring_channel(self._memory, self._rendezvous, self._timeout)
+            # No rank may be gone before the others have found it in the arena.
+            self._rendezvous.gather(b"", timeout=timeout)
+        except BaseException:
+            self._closed = True
+            self._abandon()
+            raise
+        if self._memory is None and self.rank == self.entry:
+            warnings.warn(f"shmcast sends pickles in this group: {refusal}", RuntimeWarning, stacklevel=2)
 
-    # ---- broadcast
+    # ---- trees
 
     def broadcast(self, tree: Any = None, *, local: bool = False) -> Any:
         """Send a tree from the entry rank to all ranks; every rank gets it back, made of views of the same memory.
@@ -147,16 +173,115 @@ class Group:
         the ranks that wait. ``local``: on the entry rank, return ``tree`` itself instead of views.
 
         If the tree can not be encoded, the entry rank raises what encoding raised and the others GroupError with its
-        text; if it can not be rebuilt on a rank, that rank raises the cause where it is one of shmcast's, else
-        GroupError. The group stays usable after that. After PeerLostError, GroupTimeoutError and any other GroupError that
+        text. If any rank can not rebuild it, all raise GroupError with the same text (without `consensus`: that rank
+        alone). The group stays usable after both. After PeerLostError, GroupTimeoutError and any other GroupError that
         the channel raises it is broken on all ranks, and every later call says so."""
-        if not self._busy.acquire(blocking=False):
-            raise GroupError("broadcast: one is under way in another thread, or in a method that pickle has called")
-        try:
-            self._check_usable()
-            return self._send(tree, local) if self.rank == self.entry else self._receive()
-        finally:
-            self._busy.release()
+        with self._alone("broadcast"):
+            blob = self._encode(tree) if self.rank == self.entry else None
+            _, (received,) = self._exchange(blob, local)
+            if received.error is not None:
+                raise received.error
+            return tree if local and self.rank == self.entry else received.value
+
+    def poll(self) -> bool:
+        """On the other ranks: whether a message is there, so that `broadcast` would not wait for one. Does not wait.
+
+        GroupError where the channel can not tell: a process group."""
+        self._check_usable("poll")
+        return self._channel.poll()
+
+    # ---- for those who build messages of their own: `caster`
+
+    def in_place(self, no_room: Callable[[int], object], hash: bool = True) -> InPlace:
+        """On the entry rank: where to make one tree for `prepare`. ``no_room``, ``hash``: see `InPlace`."""
+        arena = None if self._memory is None else self._memory.arena
+        return InPlace(arena, tokens=self._others, keep=True, grant_timeout=None, hash=hash, no_room=no_room)
+
+    def prepare(self, tree: Any, in_place: InPlace | None = None) -> Encoded:
+        """On the entry rank, in any thread: pickle a tree and publish its arrays for all ranks, as part of a message to be.
+
+        ``in_place``: where it was made, if it was. `Encoded.withdraw` for what is not sent after all. Raises what encoding
+        raises; GroupError once closed."""
+        memory = self._memory
+        if self._closed or self.rank != self.entry:
+            raise GroupError("prepare: the group is closed" if self._closed else "prepare: only the entry rank sends")
+        began_ns = time.monotonic_ns()
+        if memory is None:
+            encoded = Encoded(None)
+            encoded.blob = pickle.dumps(tree, 5)
+        else:
+            encoded = codec.encode(
+                tree,
+                memory.arena,
+                tokens=self._others,
+                keep=True,
+                grant_timeout=None,
+                min_bytes=self._min_bytes,
+                on_full="inline",
+                in_place=in_place,
+            )
+        self._counts["encode_ns"] += time.monotonic_ns() - began_ns
+        return encoded
+
+    def pack(self, head: bytes, parts: Sequence[Encoded], *, rides: bool = False) -> bytes:
+        """On the entry rank: the next message for `exchange`, of what `prepare` gave. ``rides``: the next for `unpack`, on
+        every rank, which takes it there by another broadcast, this group's own for example.
+
+        ``head``: whatever the caller wants to travel along. GroupError while the last one for the same has not been
+        unpacked."""
+        with self._alone("pack"):
+            return self._pack(head, parts, rides)
+
+    def exchange(self, blob: bytes | None = None) -> "tuple[bytes, list[Received]]":
+        """Send what `pack` gave through the group's channel, and `unpack` it on every rank; ``blob`` is the entry rank's.
+
+        A rank alone sends nothing. Errors break the group, as for `broadcast`."""
+        with self._alone("exchange"):
+            return self._exchange(blob)
+
+    def unpack(self, blob: "bytes | bytearray | memoryview") -> "tuple[bytes, list[Received]]":
+        """On every rank, what `pack` with ``rides`` was given, in order. With `consensus` it waits until all ranks have it.
+
+        Where a rank could not rebuild a tree, all get the same error in its place (of more than 63 trees, those from the
+        64th on fail together). HandleError where the bytes are no message, or not the next: nothing has changed then.
+        GroupError: the group broke, or the entry rank could not send."""
+        with self._alone("unpack"):
+            return self._unpack(blob)
+
+    def check(self, action: str) -> None:
+        """GroupError, which names ``action``, where the group can not be used any more, as far as that is known here."""
+        self._check_usable(action)
+
+    def give_up(self, cause: GroupError) -> GroupError:
+        """Break the group on this rank, so that the others notice: this one can not go on with them. Returns the error."""
+        return self._break(cause) if self._broken is None and not self._closed else cause
+
+    # ---- what it is
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a rank may make the others wait."""
+        return self._timeout
+
+    @property
+    def arena(self) -> Arena | None:
+        """On the entry rank, where memory is shared: what it publishes in."""
+        return None if self._memory is None else self._memory.arena
+
+    @property
+    def channel(self) -> str:
+        """How messages go: "ring", "group" or "loopback"."""
+        return self._channel.name
+
+    @property
+    def step(self) -> int:
+        """How many messages this rank has taken in."""
+        return self._roster.step
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def stats(self) -> dict[str, int]:
         """Counts since the group was made: messages, their bytes, and how many did not fit the fixed-size frame; time in
@@ -166,7 +291,7 @@ class Group:
         return {
             **self._counts,
             "overflows": self._channel.overflows,
-            "step": self._step,
+            "step": self.step,
             "unconfirmed": len(self._sent),
         }
 
@@ -178,9 +303,9 @@ class Group:
         if self._closed:
             return
         self._closed = True
-        if self._member is not None and self._broken is None:
-            self._linger()
-            self._member.set_step(_ENDED | 2 * self._step)
+        if self._roster.member is not None and self._broken is None:
+            self._roster.linger()
+            self._roster.ends()
         self._abandon()
 
     def __enter__(self) -> "Group":
@@ -191,61 +316,47 @@ class Group:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken else self.mode
-        return f"<Group rank {self.rank} of {self.size}, entry {self.entry}, {state}, step {self._step}>"
+        return f"<Group rank {self.rank} of {self.size}, entry {self.entry}, {state}, step {self.step}>"
 
     # ---- the entry rank
 
-    def _send(self, tree: Any, local: bool) -> Any:
-        self._drop_confirmed()
-        step = self._step + 1
-        began_ns = time.monotonic_ns()
+    def _encode(self, tree: Any) -> bytes:
         try:
-            encoded = self._encode(tree)
-            self._counts["encode_ns"] += time.monotonic_ns() - began_ns
+            parts = [self.prepare(tree)]
         except PeerLostError as error:
             raise self._break(error) from error
         except BaseException as error:
             # Sent whatever it was, so that the others do not wait for a message that never comes.
             self._counts["errors"] += 1
-            self._transmit(_describe_error(error))
-            self._step = step
-            self._taken_in(failed=True)
+            self._carry(message.pack_error(self.step + 1, error))
+            self._take_in(_ALL)
             raise
-        try:
-            self._transmit(encoded.blob)
-            self._step = step
-            self._count(encoded)
-            own = tree if local else self._rebuild(encoded.blob)
-            self._taken_in()
-            return own
-        finally:
-            if self._memory is not None:
-                self._memory.release(encoded.handles)
-            # Also where the channel has failed: some ranks may have got it all the same.
-            if self._others and (encoded.handles or encoded.leases):
-                self._sent.append(_Sent(step, encoded.handles, encoded.leases))
+        return self._pack(b"", parts)
 
-    def _encode(self, tree: Any) -> codec.Encoded:
-        if self._memory is None:
-            encoded = codec.Encoded(None)
-            encoded.blob = pickle.dumps(tree, 5)
-            return encoded
-        return codec.encode(
-            tree,
-            self._memory.arena,
-            tokens=self._others,
-            keep=True,
-            grant_timeout=None,
-            min_bytes=self._min_bytes,
-            on_full="inline",
-        )
-
-    def _count(self, encoded: codec.Encoded) -> None:
+    def _pack(self, head: bytes, parts: Sequence[Encoded], rides: bool = False) -> bytes:
+        number = (self._rides if rides else self.step) + 1
+        if rides in self._packed:
+            raise GroupError(f"pack: message {number} {'that rides ' if rides else ''}has not been unpacked yet")
+        self._drop_confirmed()
+        blob = message.pack(number, head, [part.blob for part in parts], rides)
+        # From here on some rank may get it, whatever happens on this one.
+        self._packed[rides] = list(parts)
         counts = self._counts
-        counts["arrays"] += len(encoded.handles)
-        counts["array_bytes"] += sum([handle.nbytes for handle in encoded.handles])
-        counts["passed_on"] += len(encoded.leases)
-        counts["inline_bytes"] += encoded.inline_bytes
+        counts["arrays"] += sum([len(part.handles) for part in parts])
+        counts["array_bytes"] += sum([handle.nbytes for part in parts for handle in part.handles])
+        counts["passed_on"] += sum([len(part.leases) for part in parts])
+        counts["inline_bytes"] += sum([part.inline_bytes for part in parts])
+        return blob
+
+    def _release_packed(self, rides: bool) -> None:
+        """End the arena's own hold on what has been sent: the ranks' claims are enough from here on."""
+        parts = self._packed.pop(rides, [])
+        handles = [handle for part in parts for handle in part.handles]
+        leases = [lease for part in parts for lease in part.leases]
+        if self._memory is not None:
+            self._memory.release(handles)
+        if handles or leases:
+            self._sent.append(_Sent(self.step, handles, leases))
 
     def _drop_confirmed(self) -> None:
         """Forget messages that every rank has taken in or will never take in.
@@ -253,186 +364,163 @@ class Group:
         A block that was passed on is held until then: its owner may revoke our grants at its own deadline."""
         if not self._sent or self._memory is None:
             return
-        words = self._memory.member.steps()
-        low, failed = self._step, 0
-        for token in self._others:
-            word, failed_word = words.get(token, _ABSENT)
-            if word < _ABSENT[0]:
-                low, failed = min(low, word >> 1), max(failed, failed_word >> 1)
+        low, failed = self._roster.confirmed()
         while self._sent and self._sent[0].step <= low:
             sent = self._sent.popleft()
             if failed >= sent.step:
                 self._memory.withdraw(sent.handles)
 
-    # ---- the other ranks
-
-    def _receive(self) -> Any:
-        blob = self._transmit(None)
-        self._step += 1
-        if blob[:4] == _ERROR:
-            self._counts["errors"] += 1
-            self._taken_in(failed=True)
-            raise GroupError(f"broadcast, step {self._step}: {_error_text(blob, self.entry)}")
-        tree = self._rebuild(blob)
-        self._taken_in()
-        return tree
-
     # ---- every rank
 
-    @property
-    def _member(self) -> _native.Member | None:
-        """This process in the entry rank's arena, where memory is shared and this is no forked child."""
-        member = None if self._memory is None else self._memory.member
-        return None if member is None or member.inherited else member
-
-    def _transmit(self, blob: bytes | None) -> bytes:
-        """Through the channel; whatever goes wrong there breaks the group."""
-        if self._member is not None:
-            self._member.set_step(2 * self._step + 1)
+    def _exchange(self, blob: bytes | None, local: bool = False) -> "tuple[bytes, list[Received]]":
+        blob = self._carry(blob)
         try:
-            blob = self._channel.broadcast(blob, timeout=self._timeout, watch=self._watch)
+            return self._unpack(blob, local)
+        except HandleError as error:
+            raise self._break(GroupError(f"receive message {self.step + 1}: {error}")) from error
+
+    def _carry(self, blob: bytes | None) -> bytes:
+        """Through the channel; whatever goes wrong there breaks the group."""
+        self._roster.wait_begins()
+        began_ns, overflows = time.monotonic_ns(), self._channel.overflows
+        try:
+            blob = self._channel.broadcast(blob, timeout=self._timeout, watch=self._roster.watch)
         except GroupError as error:
             raise self._break(error) from error
         except BaseException as error:
             self._break(GroupError(f"interrupted by {type(error).__name__}"))
             raise
-        self._counts["messages"] += 1
-        self._counts["message_bytes"] += len(blob)
+        if self.size > 1:
+            self._counts["messages"] += 1
+            self._counts["message_bytes"] += len(blob)
+            self.meter.observe(_MESSAGE_NS, time.monotonic_ns() - began_ns)
+            if self.rank == self.entry:
+                self.meter.add(_MESSAGES, 1)
+                self.meter.add(_MESSAGE_BYTES, len(blob))
+                self.meter.add(_OVERFLOWS, self._channel.overflows - overflows)
         return blob
 
-    def _rebuild(self, blob: bytes) -> Any:
-        began_ns = time.monotonic_ns()
-        try:
-            tree = pickle.loads(blob) if self.mode == "object" else codec.loads(blob)
-            self._counts["attach_ns"] += time.monotonic_ns() - began_ns
-            return tree
-        except BaseException as error:
+    def _unpack(self, blob: "bytes | bytearray | memoryview", local: bool = False) -> "tuple[bytes, list[Received]]":
+        received = message.unpack(blob)
+        number = (self._rides if received.rides else self.step) + 1
+        if received.number != number:
+            raise HandleError(
+                f"unpack: message {received.number}, this rank is to take in message {number}: every message is given to every "
+                "rank once and in order"
+            )
+        if received.error is not None:
             self._counts["errors"] += 1
-            self._taken_in(failed=True)
-            if isinstance(error, ShmcastError) and self._ended(self._step - 1):
-                # Not the tree's fault: whoever saw the group break while this was sent has taken the grants back.
-                raise self._break(PeerLostError(f"broadcast, step {self._step}: {error}")) from error
-            if isinstance(error, ShmcastError) or not isinstance(error, Exception):
+            self._take_in(_ALL)
+            raise GroupError(
+                f"step {self.step}: rank {self.entry} could not encode the tree: {_error_text(received.error)}"
+            )
+        self._rides += received.rides
+        values, causes = self._rebuild(received, local)
+        failures = sum({1 << min(number, LAST_BIT) for number in causes})
+        self._take_in(failures)
+        ranks = [self.rank] if failures else []
+        try:
+            if self.consensus and self.size > 1 and values:
+                failures, ranks = self._agree(failures)
+        except BaseException:
+            values.clear()  # a traceback that somebody keeps must not keep leases
+            raise
+        finally:
+            # Only now: until all ranks have their claims ours keeps the blocks.
+            self._release_packed(received.rides)
+        self._drop_confirmed()
+        if failures:
+            self._counts["errors"] += 1
+            for number in range(len(values)):
+                if failures >> min(number, LAST_BIT) & 1:
+                    values[number] = Received(None, self._failure(number, ranks, causes.get(number)))
+        return received.head, values
+
+    def _rebuild(self, received: message.Message, local: bool) -> "tuple[list[Received], dict[int, Exception]]":
+        """What the parts are, and why some can not be had here, by number."""
+        began_ns = time.monotonic_ns()
+        values, causes = [], {}
+        for number, part in enumerate(received.parts):
+            value = None
+            try:
+                if not local or self.rank != self.entry:
+                    value = pickle.loads(part) if self.mode == "object" else codec.loads(part)
+            except Exception as error:
+                causes[number] = error
+            except BaseException:
+                self._take_in(_ALL)
+                self._release_packed(received.rides)
                 raise
-            raise GroupError(
-                f"broadcast, step {self._step}: rank {self.rank} can not rebuild the tree: {type(error).__name__}: {error}"
-            ) from error
+            values.append(Received(value, None))
+        took_ns = time.monotonic_ns() - began_ns
+        self._counts["attach_ns"] += took_ns
+        if received.parts:
+            self.meter.observe(_ATTACH_NS, took_ns)
+        return values, causes
 
-    def _taken_in(self, failed: bool = False) -> None:
-        if self._member is not None:
-            self._member.set_step(2 * self._step, failed)
+    def _take_in(self, failures: int) -> None:
+        self._roster.step += 1
+        self._roster.taken_in(failures)
 
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise GroupError("broadcast: the group is closed")
-        if self._token != _native.process_token():
-            raise GroupError("broadcast: this process was forked from a rank; it is none itself")
-        if self._broken is not None:
-            raise GroupError(
-                f"broadcast: the group is broken since step {self._step + 1}: {self._broken}"
-            ) from self._broken
-        ended = self._ended()
-        if ended:
-            raise self._break(self._gave_up(ended))
+    def _agree(self, failures: int) -> tuple[int, list[int]]:
+        """What some rank could not take in of the last message, and which ranks; the same on all ranks."""
+        try:
+            if self._memory is not None:
+                return self._roster.agree(self._timeout)
+            # Where nothing is shared it takes a collective, for every message that carries something.
+            answers = self._rendezvous.gather(failures.to_bytes(8, "little"), timeout=self._timeout)
+            masks = [int.from_bytes(answer, "little") for answer in answers]
+            return reduce(or_, masks), [rank for rank, mask in enumerate(masks) if mask]
+        except GroupError as error:
+            raise self._break(error, before=True) from error
+        except BaseException as error:
+            self._break(GroupError(f"interrupted by {type(error).__name__}"), before=True)
+            raise
 
-    # ---- what breaks a group
-
-    def _break(self, cause: GroupError) -> GroupError:
-        """Record that the group is of no use any more, here and for the other ranks to see; returns what to raise."""
-        error = self._diagnose(cause)
-        self._broken = error
-        if self._member is not None:
-            self._member.set_step(_ENDED | 2 * self._step, True)
+    def _failure(self, number: int, ranks: list[int], cause: Exception | None) -> GroupError:
+        """The error in place of a part: the same text on every rank, and here also why, if it was here."""
+        reason = "" if cause is None or self.consensus else f": {type(cause).__name__}: {cause}"
+        error = GroupError(
+            f"step {self.step}: {ranks_text(ranks)} can not rebuild tree {number} of the message{reason}"
+        )
+        error.__cause__ = cause
         return error
 
-    def _watch(self) -> None:
-        """Called while a rank waits: what no socket of this rank tells."""
-        dead = self._dead()
-        if dead:
-            raise self._lost(dead)
-        ended = self._ended()
+    def _check_usable(self, action: str) -> None:
+        if self._closed:
+            raise GroupError(f"{action}: the group is closed")
+        if self._token != _native.process_token():
+            raise GroupError(f"{action}: this process was forked from a rank; it is none itself")
+        if self._broken is not None:
+            raise GroupError(
+                f"{action}: the group is broken since step {self.step + 1}: {self._broken}"
+            ) from self._broken
+        ended = self._roster.ended()
         if ended:
-            raise self._gave_up(ended)
+            raise self._break(self._roster.gave_up(ended))
 
-    def _diagnose(self, cause: GroupError) -> GroupError:
-        """The same error with the names of the ranks concerned, as far as shared memory tells."""
-        if self._member is None:
-            return cause
-        # A connection that breaks has a reason, which may be seen a little later; other causes need none.
-        lost = isinstance(cause, PeerLostError)
-        deadline = time.monotonic() + (_DEATH_S if lost else 0.0)
-        while True:
-            dead, ended = self._dead(), self._ended()
-            if dead or ended or time.monotonic() >= deadline:
-                break
-            time.sleep(0.005)
-        if dead:
-            return self._lost(dead, cause)
-        if not lost and not isinstance(cause, GroupTimeoutError):
-            return cause
-        late = ", ".join(f"rank {rank} is at step {word >> 1}" for rank, word in self._behind(2 * self._step + 1))
-        if late:
-            # Who times out closes connections, which others see as a loss: the reason is still who is late.
-            return GroupTimeoutError(f"broadcast: {late}, this is step {self._step + 1}; {cause}")
-        return self._gave_up(ended, cause) if ended else cause
-
-    def _lost(self, ranks: list[int], cause: GroupError | None = None) -> PeerLostError:
-        text = f"broadcast, step {self._step + 1}: {_ranks(ranks)} died or closed the group"
-        return PeerLostError(text if cause is None else f"{text}; {cause}")
-
-    def _gave_up(self, ranks: list[int], cause: GroupError | None = None) -> GroupError:
-        text = f"broadcast, step {self._step + 1}: {_ranks(ranks)} closed the group or gave it up before"
-        return GroupError(text if cause is None else f"{text}; {cause}")
-
-    def _dead(self) -> list[int]:
-        """Ranks whose process has died; else ranks that have left, which is also what the dead look like once they have
-        been swept. Costs some 10 µs a rank."""
-        member = self._member
-        if member is None:
-            return []
-        there = member.tokens()
-        others = [rank for rank, token in enumerate(self.peers) if token != self._token]
-        died = [rank for rank in others if self.peers[rank] in there and not self._lives(member, rank)]
-        return died or [rank for rank in others if self.peers[rank] not in there]
-
-    def _lives(self, member: _native.Member, rank: int) -> bool:
+    @contextmanager
+    def _alone(self, action: str) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise GroupError(f"{action}: one is under way in another thread, or in a method that pickle has called")
         try:
-            return member.alive(self.peers[rank])
-        except OSError:
-            # The arena's name is gone: the entry rank closed it, or it died and was swept. Of the others nothing is known.
-            return rank != self.entry
-
-    def _ended(self, step: int | None = None) -> list[int]:
-        """Ranks that will take in no message after ``step``, by default the last that this rank has taken in."""
-        step = self._step if step is None else step
-        if self._member is None or not self._others:
-            return []
-        words = self._member.steps()
-        return [
-            rank
-            for rank, token in enumerate(self.peers)
-            if (words.get(token, _ABSENT)[0] ^ _ENDED) >> 1 <= step and token != self._token
-        ]
-
-    def _behind(self, word: int) -> list[tuple[int, int]]:
-        """``[(rank, its word)]`` of those that live and go on, and have not come as far as ``word``."""
-        member = self._member
-        if member is None:
-            return []
-        words = member.steps()
-        found = [(rank, words.get(token, _ABSENT)[0]) for rank, token in enumerate(self.peers) if token != self._token]
-        return [(rank, at) for rank, at in found if at < word and self._lives(member, rank)]
+            self._check_usable(action)
+            yield
+        finally:
+            self._busy.release()
 
     # ---- the end
 
-    def _linger(self) -> None:
-        """Wait for ranks that are there and have not taken in the last message: they need the arena for it, and to them a
-        rank that has left looks like one that has died."""
-        deadline = time.monotonic() + _LINGER_S
-        pause = 0.0001
-        while self._behind(2 * self._step) and time.monotonic() < deadline:
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
+    def _break(self, cause: GroupError, before: bool = False) -> GroupError:
+        """Record that the group is of no use any more, here and for the other ranks to see; returns what to raise.
+
+        ``before``: also the last message was not delivered."""
+        error = cause if before else self._roster.diagnose(cause)
+        self._broken = error
+        if before:
+            self._roster.step -= 1
+        self._roster.ends()
+        return error
 
     def _abandon(self) -> None:
         memory, self._memory = self._memory, None
@@ -440,15 +528,17 @@ class Group:
         if memory is not None:
             # Grants in an arena that is closed with the group end with it.
             if not memory.owned and not memory.member.inherited:
-                for message in sent:
-                    memory.withdraw(message.handles)
+                for each in sent:
+                    memory.withdraw(each.handles)
+                for parts in self._packed.values():
+                    for part in parts:
+                        memory.withdraw(part.handles)
             memory.give_up()
         self._channel.close()
+        self._rendezvous.close()
 
 
 def _rendezvous(cpu_group: Any, entry: int, timeout: float | None, channel: str) -> Rendezvous:
-    if channel not in ("auto", "group"):
-        raise ValueError(f"channel is 'auto' or 'group', not {channel!r}")
     if cpu_group is None and channel == "auto" and not _torch_is_initialised():
         if entry != 0:
             raise ValueError(f"entry {entry}: torch.distributed is not initialised, so the group is this process alone")
@@ -467,18 +557,5 @@ def _torch_is_initialised() -> bool:
     return available()
 
 
-def _describe_error(error: BaseException) -> bytes:
-    try:
-        text, trace = str(error), "".join(traceback.format_exception(error))
-    except Exception as second:  # the others wait for a message, whatever the error's own __str__ does
-        text, trace = f"its text can not be had: {type(second).__name__}", ""
-    return _ERROR + json.dumps({"type": type(error).__name__, "text": text, "traceback": trace}).encode()
-
-
-def _error_text(blob: bytes, entry: int) -> str:
-    error = json.loads(blob[len(_ERROR) :])
-    return f"rank {entry} could not encode the tree: {error['type']}: {error['text']}\n{error['traceback']}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def _error_text(error: dict[str, str]) -> str:
+    return f"{error.get('type')}: {error.get('text')}\n{error.get('traceback')}"

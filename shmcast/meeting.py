@@ -18,20 +18,32 @@ import weakref
 from dataclasses import dataclass
 from struct import Struct
 from struct import error as struct_error
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from . import _native, arrays, process
+from . import _native, arrays, names, process
 from .arena import Arena
 from .attach import Peer, attach
-from .channels import RECORD_BYTES, Rendezvous
+from .channels import RECORD_BYTES, Channel, Rendezvous
+from .channels.ring import RingChannel
 from .errors import GroupError
 from .handle import Handle
 
 Fallback: TypeAlias = Literal["raise", "object"]
+ChannelChoice: TypeAlias = Literal["auto", "group"]
+
+
+class Terms(NamedTuple):
+    """What the entry rank alone decides, and all ranks do."""
+
+    fallback: Fallback
+    channel: ChannelChoice
+    consensus: bool
+
 
 _PROBE_BYTES = 64
 _ANSWER = Struct(f"<BQQ16s{_PROBE_BYTES}s")
-_KEYS = {"probe", "secret", "nonce", "owned", "fallback"}
+_KEYS = {"probe", "secret", "nonce", "owned", "ring", "fallback", "channel", "consensus"}
+_ERROR_KEYS = set(Terms._fields)
 
 _serving: "weakref.WeakSet[Arena]" = weakref.WeakSet()
 """Arenas of this process that a group uses: the step words of an arena tell about one group."""
@@ -51,6 +63,8 @@ class Memory:
     """Whether the arena ends with the group."""
     key: process.Key | None
     """Of the membership, where it ends with the group."""
+    ring_start: int
+    """Where in the arena's ring this group's messages begin."""
 
     def release(self, handles: list[Handle]) -> None:
         """On the entry rank: end the arena's own hold on blocks."""
@@ -79,21 +93,28 @@ class _Opened:
 
 
 def meet(
-    rendezvous: Rendezvous, arena: Arena | None, max_bytes: int | str, fallback: Fallback, timeout: float | None
-) -> tuple[Memory | None, str]:
-    """Collective. The memory that all ranks share, or None, and why, if the entry rank's ``fallback`` is "object".
+    rendezvous: Rendezvous, arena: Arena | None, max_bytes: int | str, terms: Terms, timeout: float | None
+) -> tuple[Memory | None, Terms, str]:
+    """Collective. The memory that all ranks share, or None, and why, if the entry rank's ``fallback`` is "object"; and
+    the entry rank's terms.
 
     GroupError on every rank with the same text if they do not share memory; GroupTimeoutError, PeerLostError. Nothing is
     left behind then."""
     opened = _Opened()
     try:
-        memory, refusal = _meet(rendezvous, opened, arena, max_bytes, fallback, timeout)
+        memory, terms, refusal = _meet(rendezvous, opened, arena, max_bytes, terms, timeout)
     except BaseException:
         _give_up(opened.arena, opened.owned, opened.key)
         raise
     if memory is None:
         _give_up(opened.arena, opened.owned, opened.key)
-    return memory, refusal
+    return memory, terms, refusal
+
+
+def ring_channel(memory: Memory, rendezvous: Rendezvous, timeout: float) -> Channel:
+    """The way through the arena's ring, for ranks that have met."""
+    ring = _native.Ring(memory.member, memory.peers, memory.ring_start)
+    return RingChannel(ring, rendezvous.rank, rendezvous.size, rendezvous.entry, timeout=timeout)
 
 
 def _meet(
@@ -101,9 +122,9 @@ def _meet(
     opened: _Opened,
     arena: Arena | None,
     max_bytes: int | str,
-    fallback: Fallback,
+    terms: Terms,
     timeout: float | None,
-) -> tuple[Memory | None, str]:
+) -> tuple[Memory | None, Terms, str]:
     first, cause, probe = b"", None, None
     at_entry = rendezvous.rank == rendezvous.entry
     if at_entry:
@@ -112,17 +133,19 @@ def _meet(
         except Exception as error:
             cause = error
             hello = {"error": f"{type(error).__name__}: {error}"[:RECORD_BYTES]}
-        first = json.dumps({**hello, "fallback": fallback}).encode()
+        first = json.dumps({**hello, **terms._asdict()}).encode()
     hello = _read_hello(rendezvous.broadcast(first, timeout=timeout))
+    terms = Terms(hello["fallback"], hello["channel"], hello["consensus"])
     answers = rendezvous.gather(_answer(hello, opened, at_entry), timeout=timeout)
     if opened.arena is not None and probe is not None:
         opened.arena.release(probe)
     refusals, tokens = _judge(hello, answers, rendezvous.entry)
     if not refusals and opened.member is not None:
-        return Memory(opened.member, tuple(tokens), opened.arena, opened.owned, opened.key), ""
+        memory = Memory(opened.member, tuple(tokens), opened.arena, opened.owned, opened.key, hello["ring"])
+        return memory, terms, ""
     text = "; ".join(refusals)
-    if hello["fallback"] == "object":
-        return None, text
+    if terms.fallback == "object":
+        return None, terms, text
     raise GroupError(
         f"make a group: its {rendezvous.size} ranks do not share memory: {text}. All of them have to be on one host and to "
         "see one /dev/shm; fallback='object' sends pickles instead"
@@ -140,7 +163,9 @@ def _open(opened: _Opened, arena: Arena | None, max_bytes: int | str) -> tuple[H
     _serving.add(arena)
     secret = os.urandom(_PROBE_BYTES)
     probe = arena.publish(arrays.flat(bytearray(secret), _PROBE_BYTES), readers=0, keep=True)
-    hello = {"secret": secret.hex(), "nonce": arena.nonce.hex(), "owned": opened.owned}
+    member = process.join((arena.namespace, arena.id, names.host_id()))
+    ring = _native.Ring.position(member)
+    hello = {"secret": secret.hex(), "nonce": arena.nonce.hex(), "owned": opened.owned, "ring": ring}
     return probe, {"probe": probe.to_bytes().hex(), **hello}
 
 
@@ -157,8 +182,8 @@ def _answer(hello: dict[str, Any], opened: _Opened, at_entry: bool) -> bytes:
             opened.key = key
         with attach(handle) as lease:
             seen = lease.array.tobytes()
-        # Before the answer, so that nobody takes what an earlier group left here for ours; "failed at 0" means never.
-        member.set_step(0, True)
+        # Before the answer, so that nobody takes what an earlier group left here for ours.
+        _native.Fellows.reset(member)
         # Off the hot path: the page tables of what is warm already.
         member.map_segment(handle.segment, True)
         return _ANSWER.pack(1, _native.process_token(), member.index, member.nonce, seen)
@@ -198,7 +223,7 @@ def _judge(hello: dict[str, Any], answers: list[bytes], entry: int) -> tuple[lis
 def _read_hello(raw: bytes) -> dict[str, Any]:
     try:
         hello = json.loads(raw)
-        if "error" in hello or hello.keys() >= _KEYS:
+        if hello.keys() >= (_ERROR_KEYS if "error" in hello else _KEYS):
             return dict(hello)
         raise ValueError(f"it has the keys {sorted(hello)}")
     except (ValueError, TypeError, AttributeError) as error:

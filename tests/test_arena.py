@@ -182,6 +182,18 @@ def test_bad_readers(arena, readers, what) -> None:
     assert arena.stats()["slots_used"] == 0
 
 
+def test_stats_count_what_somebody_has_a_claim_on(arena) -> None:
+    leases = [shmcast.attach(arena.publish(block(100_000))) for _ in range(3)]
+    used = arena.stats()["used_bytes"]
+    assert arena.stats()["slots_used"] == 3
+    leases.pop().release()
+    assert arena.stats()["slots_used"] == 2
+    assert arena.stats()["used_bytes"] < used
+    for lease in leases:
+        lease.release()
+    assert arena.stats()["slots_used"] == arena.stats()["used_bytes"] == 0
+
+
 def test_named_reader_that_has_not_joined(arena) -> None:
     with pytest.raises(PeerLostError, match="0x7b"):
         arena.publish(block(10), readers=[123])

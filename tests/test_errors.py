@@ -18,6 +18,7 @@ BUILT_INS = {
     errors.PeerLostError: RuntimeError,
     errors.GroupTimeoutError: TimeoutError,
     errors.MaterializeError: RuntimeError,
+    errors.BackpressureError: RuntimeError,
 }
 
 
@@ -39,3 +40,16 @@ def test_survives_pickling(kind: type[Exception]) -> None:
     again = pickle.loads(pickle.dumps(kind("what happened")))
     assert type(again) is kind
     assert str(again) == "what happened"
+
+
+def test_a_materialize_error_takes_its_parts_along() -> None:
+    error = errors.MaterializeError.of(("a", 1), "OSError", "broken data stream", "Traceback ...")
+    assert str(error) == "materialize request ('a', 1): OSError: broken data stream"
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.rid, again.kind, again.text, again.traceback) == (
+        ("a", 1),
+        "OSError",
+        "broken data stream",
+        "Traceback ...",
+    )
+    assert str(again) == str(error)

@@ -40,7 +40,8 @@ def test_a_process_alone_is_a_group() -> None:
         assert np.array_equal(received["array"], np.arange(100_000.0))
         assert not received["array"].flags.writeable
         assert group.broadcast(source, local=True) is source
-        assert group.stats()["messages"] == 2
+        assert group.stats()["messages"] == 0
+        assert group.step == 2
         del received
         assert in_use(group._memory.arena) == 0
     group.close()
@@ -115,16 +116,17 @@ def test_a_forked_child_is_no_rank() -> None:
 # ---- ranks
 
 
-def everything(here: Rank, entry: int) -> list[Any]:
+def everything(here: Rank, entry: int, channel: str) -> list[Any]:
     import torch
 
     from shmcast.channels.group import INLINE_BYTES
 
     def options() -> dict[str, Any]:
-        return {"max_bytes": "64MiB", "fallback": "object"} if here.rank == entry else {}
+        return {"max_bytes": "64MiB", "fallback": "object", "channel": channel} if here.rank == entry else {}
 
     group = shmcast.Group(here.group, entry, **options())
     assert group.mode == "shared"
+    assert group.channel == ("ring" if channel == "auto" and here.size > 1 else "group")
     assert (group.rank, group.size, group.entry) == (here.rank, here.size, entry)
     for seed in range(3):
         expected = a_tree(seed)
@@ -152,11 +154,12 @@ def everything(here: Rank, entry: int) -> list[Any]:
 
 
 @torch_only
+@pytest.mark.parametrize("channel", ["auto", "group"])
 @pytest.mark.parametrize(
     ("members", "entry"), [((0,), 0), ((0, 1), 0), ((0, 1, 2, 3), 0), ((0, 1, 2, 3), 3), ((1, 3), 1), ((1, 2, 3), 0)]
 )
-def test_every_rank_gets_the_same(ranks: Ranks, members: tuple[int, ...], entry: int) -> None:
-    seen = ranks.run(everything, entry, ranks=members)
+def test_every_rank_gets_the_same(ranks: Ranks, members: tuple[int, ...], entry: int, channel: str) -> None:
+    seen = ranks.run(everything, entry, channel, ranks=members)
     assert all(peers == seen[0] for peers in seen)
     assert len(set(seen[0])) == len(members)
 
@@ -249,18 +252,15 @@ def bad_trees(here: Rank, mode: str) -> list[str]:
             assert "Traceback" in str(caught.value)
             said.append(str(caught.value).splitlines()[0])
         _fails_here = here.rank == 2
-        tree = [array, FailsSomewhere(5)]
-        if _fails_here:
-            with pytest.raises(GroupError, match="step 2: rank 2 can not rebuild the tree: LookupError: no 5 here"):
-                group.broadcast()
-            _fails_here = False
-        else:
-            assert same(group.broadcast(tree if here.rank == 0 else None), [array, 5])
+        with pytest.raises(GroupError) as caught:
+            group.broadcast([array, FailsSomewhere(5)] if here.rank == 0 else None)
+        said.append(str(caught.value))
+        assert isinstance(caught.value.__cause__, LookupError) == _fails_here
+        _fails_here = False
         assert same(group.broadcast(array if here.rank == 0 else None), array)
         settle(here, group)
         if here.rank == 0 and mode == "shared":
-            failed = {rank: group._member.steps()[token][1] // 2 for rank, token in enumerate(group.peers)}
-            assert failed == {0: 1, 1: 1, 2: 2}
+            assert [failed // 2 for _, failed in group._roster._fellows.words()] == [1, 1, 2]
             assert in_use(group._memory.arena) == 0
         together(here)
     return said
@@ -274,8 +274,8 @@ def _no_memory(key: Any) -> Any:
 @pytest.mark.parametrize("mode", ["shared", "object"])
 def test_a_bad_tree_leaves_the_group_usable(ranks: Ranks, mode: str) -> None:
     entry, *others = ranks.run(bad_trees, mode, ranks=(0, 1, 2))
-    assert entry == []
     assert others[0] == others[1]
+    assert entry == others[0][1:] == ["step 2: rank 2 can not rebuild tree 0 of the message"]
 
 
 def attach_fails(here: Rank) -> bool:
@@ -284,17 +284,17 @@ def attach_fails(here: Rank) -> bool:
 
     with shmcast.Group(here.group, max_bytes="64MiB") as group:
         tree = [noise(100_000, 1), noise(100_000, 2)]
-        if here.rank == 1:
-            with Patched(codec, "attach", stale), pytest.raises(shmcast.StaleHandleError, match="says the test"):
-                group.broadcast()
-        else:
-            assert same(group.broadcast(tree if here.rank == 0 else None), tree)
+        with Patched(codec, "attach", stale) if here.rank == 1 else Patched(), pytest.raises(GroupError) as caught:
+            group.broadcast(tree if here.rank == 0 else None)
+        assert str(caught.value) == "step 1: rank 1 can not rebuild tree 0 of the message"
+        assert isinstance(caught.value.__cause__, shmcast.StaleHandleError) == (here.rank == 1)
+        caught.value.__cause__ = None
         assert group.broadcast("go on" if here.rank == 0 else None) == "go on"
         settle(here, group)
         if here.rank == 0:
             # What was granted to the rank that failed is taken back.
             assert in_use(group._memory.arena) == 0
-            assert group._member.steps()[group.peers[1]][1] // 2 == 1
+            assert group._roster._fellows.words()[1][1] // 2 == 1
         together(here)
     return True
 
@@ -302,6 +302,143 @@ def attach_fails(here: Rank) -> bool:
 @torch_only
 def test_a_rank_that_can_not_attach_says_so(ranks: Ranks) -> None:
     assert all(ranks.run(attach_fails, ranks=(0, 1)))
+
+
+def parts_fail_alone(here: Rank, channel: str, fallback_mode: bool) -> list[str]:
+    """Of 70 trees in one message rank 1 can not take in the third, and rank 2 not the last."""
+    global _fails_here
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with Patched(process, "join", _no_memory) if fallback_mode and here.rank == 2 else Patched():
+            group = shmcast.Group(here.group, max_bytes="64MiB", channel=channel, fallback="object")
+    said = []
+    with group:
+        assert group.mode == ("object" if fallback_mode else "shared")
+        for bad in ((1, 2), (2, 69)):
+            blob = None
+            if here.rank == 0:
+                trees = [FailsSomewhere(number) if number == bad[1] else noise(5000, number) for number in range(70)]
+                blob = group.pack(b"head", [group.prepare(tree) for tree in trees])
+                with pytest.raises(GroupError, match="has not been unpacked"):
+                    group.pack(b"", [])
+            _fails_here = here.rank == bad[0]
+            head, received = group.exchange(blob)
+            _fails_here = False
+            assert head == b"head"
+            assert len(received) == 70
+            for number, (value, error) in enumerate(received):
+                if error is not None:
+                    assert value is None
+                    said.append(str(error))
+                elif number != bad[1]:
+                    assert same(value, noise(5000, number))
+            del value, error, received
+        settle(here, group)
+        if here.rank == 0 and not fallback_mode:
+            assert in_use(group._memory.arena) == 0
+        together(here)
+    return said
+
+
+@torch_only
+@pytest.mark.parametrize(("channel", "fallback_mode"), [("auto", False), ("group", False), ("auto", True)])
+def test_parts_of_a_message_fail_alone_and_everywhere(ranks: Ranks, channel: str, fallback_mode: bool) -> None:
+    first, *others = ranks.run(parts_fail_alone, channel, fallback_mode, ranks=(0, 1, 2))
+    assert others == [first, first]
+    expected = ["step 1: rank 1 can not rebuild tree 2 of the message"]
+    # The last of the 64 bits stands for all trees from there on.
+    expected += [f"step 2: rank 2 can not rebuild tree {number} of the message" for number in range(63, 70)]
+    assert first == expected
+
+
+def without_consensus(here: Rank) -> str:
+    global _fails_here
+    with shmcast.Group(here.group, max_bytes="64MiB", consensus=here.rank != 0) as group:
+        assert not group.consensus  # the entry rank's to say
+        _fails_here = here.rank == 1
+        tree = [FailsSomewhere(5)] if here.rank == 0 else None
+        text = ""
+        if _fails_here:
+            with pytest.raises(GroupError) as caught:
+                group.broadcast(tree)
+            text = str(caught.value)
+        else:
+            assert group.broadcast(tree) == [5]
+        _fails_here = False
+        assert group.broadcast(6 if here.rank == 0 else None) == 6
+        settle(here, group)
+    return text
+
+
+@torch_only
+def test_without_consensus_a_rank_fails_alone(ranks: Ranks) -> None:
+    said = ranks.run(without_consensus, ranks=(0, 1, 2))
+    assert said == ["", "step 1: rank 1 can not rebuild tree 0 of the message: LookupError: no 5 here", ""]
+
+
+def not_the_next(here: Rank) -> bool:
+    with shmcast.Group(here.group, max_bytes="64MiB") as group:
+        blobs = []
+        for number in range(2):
+            blob = group.pack(b"", [group.prepare(number)]) if here.rank == 0 else None
+            blob = here_broadcast(here, blob)
+            blobs.append(blob)
+            for wrong in (b"garbage", blob[:-1], blobs[0] if number else b""):
+                with pytest.raises(shmcast.HandleError):
+                    group.unpack(wrong)
+            assert group.step == number
+            _, (received,) = group.unpack(blob)
+            assert received.value == number
+        with pytest.raises(shmcast.HandleError, match="message 2, this rank is to take in message 3"):
+            group.unpack(blobs[1])
+        assert group.broadcast("go on" if here.rank == 0 else None) == "go on"
+    return True
+
+
+def here_broadcast(here: Rank, blob: bytes | None) -> bytes:
+    """An engine's own broadcast."""
+    import torch.distributed as dist
+
+    boxed = [blob]
+    dist.broadcast_object_list(boxed, here.ranks[0], here.group)
+    assert boxed[0] is not None
+    return boxed[0]
+
+
+@torch_only
+def test_what_is_not_the_next_message_changes_nothing(ranks: Ranks) -> None:
+    assert all(ranks.run(not_the_next, ranks=(0, 1, 2)))
+
+
+def polls(here: Rank, channel: str) -> list[bool]:
+    with shmcast.Group(here.group, max_bytes="64MiB", channel=channel) as group:
+        seen = []
+        if channel == "group" and here.rank != 0:
+            with pytest.raises(GroupError, match="process group can not tell"):
+                group.poll()
+        else:
+            together(here) if channel == "auto" else None
+            seen.append(group.poll())
+        if channel == "auto":
+            together(here)
+            if here.rank == 0:
+                blob = group.pack(b"", [group.prepare(5)])
+                group._carry(blob)  # is in the ring, and nobody has read it
+                together(here)
+                group._unpack(blob)
+            else:
+                together(here)
+                seen.append(group.poll())
+                assert group.broadcast() == 5
+                seen.append(group.poll())
+        together(here)
+    return seen
+
+
+@torch_only
+def test_poll_tells_whether_a_message_is_there(ranks: Ranks) -> None:
+    assert ranks.run(polls, "auto", ranks=(0, 1, 2)) == [[False], [False, True, False], [False, True, False]]
+    assert ranks.run(polls, "group", ranks=(0, 1)) == [[False], []]
 
 
 # ---- ranks that do not share memory

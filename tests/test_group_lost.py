@@ -13,7 +13,7 @@ import pytest
 import shmcast
 from child import Link
 from ranks import Patched, Rank, Ranks, in_use, settle
-from shmcast import GroupError, GroupTimeoutError, PeerLostError, codec
+from shmcast import GroupError, GroupTimeoutError, PeerLostError, codec, group
 from trees import Item, noise
 
 pytestmark = pytest.mark.torch
@@ -28,9 +28,9 @@ def ranks() -> Iterator[Ranks]:
 # ---- ranks that do not come
 
 
-def killed(here: Rank) -> None:
+def killed(here: Rank, channel: Any) -> None:
     arena = shmcast.Arena.create("64MiB") if here.rank == 0 else None
-    group = shmcast.Group(here.group, arena=arena)
+    group = shmcast.Group(here.group, arena=arena, channel=channel)
     kept = group.broadcast(noise(300_000, 1) if here.rank == 0 else None)
     here.parent.send("ready")
     here.parent.receive()
@@ -51,10 +51,14 @@ def killed(here: Rank) -> None:
         arena.close()
 
 
+every_channel = pytest.mark.parametrize("channel", ["auto", "group"])
+
+
+@every_channel
 @pytest.mark.parametrize("victim", [3, 0])
-def test_a_killed_rank_is_named(victim: int) -> None:
+def test_a_killed_rank_is_named(victim: int, channel: str) -> None:
     with Ranks(4) as own:
-        running = own.start(killed)
+        running = own.start(killed, channel)
         for child in running:
             assert child.receive() == "ready"
         running[victim].kill()
@@ -73,8 +77,8 @@ def test_a_killed_rank_is_named(victim: int) -> None:
     shmcast.sweep()
 
 
-def late(here: Rank, absent: int) -> tuple[str, str]:
-    with shmcast.Group(here.group, max_bytes="16MiB") as group:
+def late(here: Rank, absent: int, channel: Any) -> tuple[str, str]:
+    with shmcast.Group(here.group, max_bytes="16MiB", channel=channel) as group:
         for _ in range(2):
             group.broadcast()
         here.parent.send("ready")
@@ -91,9 +95,10 @@ def late(here: Rank, absent: int) -> tuple[str, str]:
     return type(first.value).__name__, str(first.value)
 
 
+@every_channel
 @pytest.mark.parametrize("absent", [1, 0])
-def test_a_late_rank_is_named(ranks: Ranks, absent: int) -> None:
-    running = ranks.start(late, absent, ranks=(0, 1, 2))
+def test_a_late_rank_is_named(ranks: Ranks, absent: int, channel: str) -> None:
+    running = ranks.start(late, absent, channel, ranks=(0, 1, 2))
     others = [child for rank, child in enumerate(running) if rank != absent]
     for child in running:
         assert child.receive() == "ready"
@@ -111,8 +116,8 @@ def test_a_late_rank_is_named(ranks: Ranks, absent: int) -> None:
     assert GroupTimeoutError.__name__ in named
 
 
-def leaves_early(here: Rank) -> str:
-    group = shmcast.Group(here.group, max_bytes="16MiB")
+def leaves_early(here: Rank, channel: Any) -> str:
+    group = shmcast.Group(here.group, max_bytes="16MiB", channel=channel)
     group.broadcast()
     if here.rank == 1:
         group.close()
@@ -126,8 +131,9 @@ def leaves_early(here: Rank) -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_closes_early_is_named(ranks: Ranks) -> None:
-    running = ranks.start(leaves_early, ranks=(0, 1, 2))
+@every_channel
+def test_a_rank_that_closes_early_is_named(ranks: Ranks, channel: str) -> None:
+    running = ranks.start(leaves_early, channel, ranks=(0, 1, 2))
     assert running[1].receive() == "closed"
     running[0].send("go on")
     running[2].send("go on")
@@ -166,7 +172,7 @@ def says_when_it_waits(here: Rank) -> Patched:
 
 
 def closes_at_once(here: Rank) -> bool:
-    group = shmcast.Group(here.group, max_bytes="64MiB")
+    group = shmcast.Group(here.group, max_bytes="64MiB", consensus=False)
     if here.rank == 0:
         group.broadcast(noise(1_000_000, 3))
         with says_when_it_waits(here):
@@ -197,7 +203,7 @@ def outrun(here: Rank) -> int:
         here.parent.send("encoded")
         return encoded
 
-    with shmcast.Group(here.group, max_bytes="1500KiB") as group:
+    with shmcast.Group(here.group, max_bytes="1500KiB", consensus=False) as group:
         if here.rank == 0:
             group.broadcast(first, local=True)
             with Patched(codec, "encode", tell):
@@ -232,7 +238,7 @@ def tokenizer(parent: Link, nbytes: int) -> None:
 
 
 def passes_on(here: Rank, raw: bytes | None) -> int:
-    with shmcast.Group(here.group, max_bytes="16MiB") as group:
+    with shmcast.Group(here.group, max_bytes="16MiB", consensus=False) as group:
         if here.rank == 0:
             lease = shmcast.attach(shmcast.Handle.from_bytes(raw))
             tree = Item("from elsewhere", lease.array)
@@ -266,3 +272,24 @@ def test_a_block_of_a_tokenizer_is_passed_on_whatever_its_deadline(ranks: Ranks,
     publisher.send("count")
     publisher.receive()
     publisher.join()
+
+
+def made_and_closed(here: Rank) -> bool:
+    made = group.Roster
+
+    def slowly(*args: Any) -> Any:
+        here.parent.send("has met the others")
+        here.parent.receive()
+        return made(*args)
+
+    with Patched(group, "Roster", slowly) if here.rank == 1 else Patched():
+        made_one = shmcast.Group(here.group, max_bytes="16MiB")
+    made_one.close()
+    return True
+
+
+def test_a_group_may_be_closed_at_once(ranks: Ranks) -> None:
+    running = ranks.start(made_and_closed, ranks=(0, 1, 2))
+    assert running[1].receive() == "has met the others"
+    running[1].send("go on")
+    assert ranks.results(running) == [True] * 3

@@ -121,7 +121,7 @@ def damage(handle, offset: int, data: bytes) -> None:
     [
         (0, b"\0" * 8, "magic"),
         (0, b"notmagic", "magic is 0x"),
-        (8, struct.pack("<I", 77), "format 77, this build reads 1"),
+        (8, struct.pack("<I", 77), "format 77, this build reads 2"),
         (12, struct.pack("<I", 128), "128"),
         (16, struct.pack("<Q", 1 << 40), "1099511627776"),
         (24, struct.pack("<Q", 5), "arena 0x5"),

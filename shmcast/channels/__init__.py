@@ -8,7 +8,7 @@ A channel knows nothing of arenas, handles or trees. What it promises:
 - Every wait ends: with the message, after ``timeout`` seconds, when a connection breaks, or when ``watch`` raises.
 - After an error from `broadcast` the ranks may be at different messages, so the channel is of no use any more.
 
-One thread a channel. The conformance tests in ``tests/test_channel_group.py`` say the same and run over all of them.
+One thread a channel. The conformance tests in ``tests/test_channels.py`` say the same and run over all of them.
 """
 
 from abc import ABC, abstractmethod
@@ -19,9 +19,15 @@ Watch: TypeAlias = Callable[[], None]
 """Called about twice a second while a rank waits. Knows what a channel can not see; what it raises ends the wait."""
 
 
+DEFAULT_TIMEOUT_S = 1800.0
+"""What ``torch.distributed`` gives a gloo group that is made without a timeout."""
+
+
 class Channel(ABC):
     """The ranks of a group as one of them sees them, and the way from the entry rank to the others."""
 
+    name: str
+    """Of the kind of channel."""
     rank: int
     """Of this process, within the group."""
     size: int
@@ -42,12 +48,21 @@ class Channel(ABC):
         connection is closed), GroupError (what came is not the next message), and whatever ``watch`` raises."""
 
     @abstractmethod
+    def poll(self) -> bool:
+        """Whether a message is there, so that `broadcast` would not wait for one; never on the entry rank.
+
+        GroupError where a channel can not tell."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give up what the channel holds in this process. Idempotent; involves no other rank."""
 
 
 class Rendezvous(Channel):
     """A channel on which ranks that share nothing yet can also learn about each other."""
+
+    timeout: float
+    """Seconds that a message may take where nothing else is said."""
 
     @abstractmethod
     def gather(self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None) -> list[bytes]:
@@ -61,9 +76,11 @@ RECORD_BYTES = 1000
 class LoopbackChannel(Rendezvous):
     """For a group of one: what is sent is received, in the same call."""
 
+    name = "loopback"
     rank = 0
     size = 1
     entry = 0
+    timeout = DEFAULT_TIMEOUT_S
 
     def broadcast(
         self, payload: bytes | None = None, *, timeout: float | None = None, watch: Watch | None = None
@@ -74,6 +91,10 @@ class LoopbackChannel(Rendezvous):
     def gather(self, record: bytes, *, timeout: float | None = None, watch: Watch | None = None) -> list[bytes]:
         """Return the one record."""
         return [check_record(record)]
+
+    def poll(self) -> bool:
+        """False: this rank is the entry rank."""
+        return False
 
     def close(self) -> None:
         """Nothing to give up."""

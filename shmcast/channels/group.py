@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from .. import _native
 from ..errors import GroupError, GroupTimeoutError, PeerLostError
-from . import RECORD_BYTES, Rendezvous, Watch, check_payload, check_record
+from . import DEFAULT_TIMEOUT_S, RECORD_BYTES, Rendezvous, Watch, check_payload, check_record
 
 MAGIC = b"shmM"
 VERSION = 1
@@ -48,6 +48,8 @@ _MASK_64 = (1 << 64) - 1
 class GroupChannel(Rendezvous):
     """Messages over the cpu part of a process group; ``cpu_group`` None means the default group."""
 
+    name = "group"
+
     def __init__(self, cpu_group: Any = None, entry: int = 0, *, timeout: float | None = None) -> None:
         """``entry``: rank within the group. ``timeout``: seconds that a collective may take; None: as the group was made.
 
@@ -67,6 +69,7 @@ class GroupChannel(Rendezvous):
         """Messages so far."""
         self.overflows = 0
         self._timeout = timeout
+        self.timeout = _own_timeout(self._group) if timeout is None else timeout
         self._frame = bytearray(FRAME_BYTES)  # never resized, so the tensor stays valid
         self._tensor = torch.frombuffer(self._frame, dtype=torch.uint8)
 
@@ -117,6 +120,15 @@ class GroupChannel(Rendezvous):
                 )
             records.append(found[_RECORD.size : _RECORD.size + length])
         return records
+
+    def poll(self) -> bool:
+        """GroupError on all but the entry rank: whether a collective has begun elsewhere, nobody knows."""
+        if self.rank != self.entry:
+            raise GroupError(
+                "poll: a process group can not tell whether a message is there; a group with channel='auto' whose ranks "
+                "share memory can"
+            )
+        return False
 
     def close(self) -> None:
         """Forget the process group; whoever made it destroys it."""
@@ -200,6 +212,15 @@ class GroupChannel(Rendezvous):
                 waited = f" within {seconds} s" if seconds is not None else ""
                 raise GroupTimeoutError(f"broadcast: a rank did not come{waited}: {text}") from error
             raise PeerLostError(f"broadcast: a connection is broken: {text}") from error
+
+
+def _own_timeout(group: Any) -> float:
+    """Seconds that the process group gives a collective."""
+    try:
+        seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        return seconds
+    except (AttributeError, RuntimeError):
+        return DEFAULT_TIMEOUT_S
 
 
 # ---- what else the layers above ask torch.distributed
