@@ -1,18 +1,22 @@
 """Materialize a multimodal request once, share it with every tensor-parallel rank on the host.
 
 Whoever materializes arrays publishes them into shared memory that is already mapped and warm, sends a handle of about
-100 bytes, and every other process maps the same pages read-only. Start with `Arena`, `attach` and `Group`.
+100 bytes, and every other process maps the same pages read-only. Start with `Arena`, `attach`, `Group` and `Caster`;
+`metrics` says what they have done.
 """
 
 from . import _native
+from . import metrics as metrics
 from .arena import Arena
 from .attach import Lease, attach, digest, process_token
+from .caster import Caster, Outcome
 from .codec import dumps, loads
 from .compat import broadcast_pyobj
 from .errors import (
     ArenaError,
     ArenaFullError,
     ArenaGoneError,
+    BackpressureError,
     GroupError,
     GroupTimeoutError,
     HandleError,
@@ -24,6 +28,7 @@ from .errors import (
     StaleHandleError,
     UnsupportedArrayError,
 )
+from .futures import FutureCaster
 from .group import Group
 from .handle import Handle
 from .reservation import Reservation
@@ -47,6 +52,9 @@ __all__ = [
     "sweep",
     "SweepReport",
     "Group",
+    "Caster",
+    "Outcome",
+    "FutureCaster",
     "broadcast_pyobj",
     "ShmcastError",
     "ArenaError",
@@ -61,5 +69,6 @@ __all__ = [
     "PeerLostError",
     "GroupTimeoutError",
     "MaterializeError",
+    "BackpressureError",
     "__version__",
 ]

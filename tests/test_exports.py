@@ -29,6 +29,7 @@ ERROR_TREE: dict[str, tuple[str, ...]] = {
     "PeerLostError": ("GroupError",),
     "GroupTimeoutError": ("GroupError", "TimeoutError"),
     "MaterializeError": ("ShmcastError",),
+    "BackpressureError": ("ShmcastError",),
 }
 
 

@@ -19,11 +19,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweep",),  # gives back what the dead have left, by name
     ("handle", "arrays", "tensors"),
     ("process",),  # what this process has joined and mapped
-    ("attach", "growth", "reservation", "arena"),
+    ("attach", "growth", "reservation", "arena", "in_place"),
     ("codec",),
     ("channels", "channels.*"),
+    ("message", "roster"),  # the bytes of a message; who is there and how far they have come
     ("meeting", "group"),  # how a group comes about, and what it does
-    ("compat", "caster"),
+    ("compat",),
+    ("lockstep", "pool", "tally"),  # what the entry rank tells the others of requests; threads; counts
+    ("intake", "caster"),  # requests on the entry rank; on all ranks
+    ("futures",),
 )
 # Looks at arenas from outside: sits on these and on each other in this order, and nothing is built on it.
 TOOLS = ("gc", "metrics", "cli", "cli.*")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("shmcast", "native", "tests", "benchmarks")
+FOLDERS = ("shmcast", "native", "tests", "benchmarks", "examples")
 LINES_MAX = 600
 
 # (what, pattern, files that may). Comments and strings are taken out before the search.

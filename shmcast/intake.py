@@ -1,0 +1,472 @@
+"""What the entry rank does with raw requests until their ends go out in a message: see the diagram in `caster`.
+
+One lock guards all states. It is never held while a request is materialized or published, nor while something is withdrawn.
+"""
+
+import inspect
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from typing import Any
+
+from . import lockstep
+from .codec import Encoded
+from .group import LAST_BIT, Group
+from .lockstep import Failure, Record
+from .pool import Pool
+from .sizes import format_bytes
+from .tally import Tally
+
+NEW, QUEUED, RUNNING, READY, TAKEN = range(5)
+MAX_VALUES = LAST_BIT + 1
+"""So many values a message, so that one that can not be rebuilt somewhere fails alone."""
+_CANCEL_GRACE_S = 10.0
+"""How long a materialization that nobody waits for any more may keep its worker."""
+_MAX_NODES = 10_000
+
+
+class Request:
+    """One raw request. Its fields change under the lock of its `Intake`."""
+
+    __slots__ = (
+        "deadline",
+        "end",
+        "failure",
+        "part",
+        "raw",
+        "raw_bytes",
+        "result_bytes",
+        "rid",
+        "serial",
+        "state",
+        "timeout",
+    )
+
+    def __init__(self, serial: int, rid: Hashable, raw: Any, timeout: float | None) -> None:
+        self.serial = serial
+        self.rid = rid
+        self.raw = raw
+        self.timeout = timeout
+        self.state = NEW
+        self.end = lockstep.NONE
+        self.failure: Failure | None = None
+        self.part: Encoded | None = None
+        self.deadline: float | None = None
+        """When its worker is given up."""
+        self.raw_bytes = self.result_bytes = 0
+        """What it counts for in `Intake.inflight_bytes`."""
+
+    @property
+    def record(self) -> Record:
+        """For the message that it is taken into."""
+        return Record(self.serial, self.end, self.failure)
+
+
+class Intake:
+    """The requests of the entry rank, from `admit` to `take`, and who materializes them."""
+
+    def __init__(
+        self,
+        group: Group,
+        materialize: Callable[..., Any],
+        *,
+        workers: int,
+        max_bytes: int | None,
+        tally: Tally,
+        hash: bool = True,
+    ) -> None:
+        """``workers``: threads; 0: `work` materializes in its caller's thread. ``hash``: of what is made in place."""
+        self._group = group
+        self._materialize = materialize
+        self._out_name = out_parameter(materialize)
+        self._max_bytes = max_bytes
+        self._hash = hash
+        self._tally = tally
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._requests: dict[int, Request] = {}  # all that are not taken, by serial number
+        self._ready: dict[int, Request] = {}  # in the order in which they became so
+        self._running: dict[int, Request] = {}  # whose workers are not given up, cancelled ones included
+        self._queue: deque[Request] = deque()  # of `work`
+        self._raw_bytes = 0
+        self._result_bytes = 0
+        self._unfinished = 0
+        self._closed = False
+        self._event: int | None = None
+        self._pool = Pool(self._run, workers, may_start=self._may_start, name="shmcast-worker") if workers else None
+
+    @property
+    def inflight_bytes(self) -> int:
+        """Of raw requests that are not materialized, and of results that are not taken."""
+        return self._raw_bytes + self._result_bytes
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests wait for a worker or have one."""
+        return self._unfinished
+
+    # ---- in
+
+    def admit(
+        self,
+        serial: int,
+        rid: Hashable,
+        raw: Any,
+        *,
+        raw_bytes: int,
+        timeout: float | None,
+        urgent: bool = False,
+        refusal: str = "",
+    ) -> None:
+        """Take a request on. ``urgent``: before all others, whatever is in flight. ``refusal``: why it is not to be
+        materialized, if it is not."""
+        request = Request(serial, rid, raw, timeout)
+        with self._lock:
+            self._requests[serial] = request
+            if raw is None:
+                self._settle(request, lockstep.NONE)
+            elif refusal:
+                self._settle(request, lockstep.REFUSED, failure=Failure("", refusal, ""))
+            elif self._max_bytes is not None and raw_bytes > self._max_bytes:
+                text = f"{format_bytes(raw_bytes)} of raw data are more than max_inflight_bytes, {format_bytes(self._max_bytes)}"
+                self._settle(request, lockstep.FAILED, failure=Failure("ValueError", text, ""))
+            else:
+                self._enqueue(request, raw_bytes, urgent)
+            self._level()
+
+    def _enqueue(self, request: Request, raw_bytes: int, urgent: bool) -> None:
+        request.state = QUEUED
+        request.raw_bytes = raw_bytes
+        self._raw_bytes += raw_bytes
+        self._unfinished += 1
+        if self._pool is None:
+            self._queue.append(request)
+            self._signal()
+            return
+        try:
+            self._pool.put(request, urgent=urgent)
+        except RuntimeError as error:
+            request.raw = None
+            self._drop_raw(request)
+            self._settle(request, lockstep.FAILED, failure=lockstep.failure_of(error))
+
+    def room(self, raw_bytes: int) -> bool:
+        """Whether so many bytes more are within the limit. What is alone in flight always is."""
+        return self._max_bytes is None or not self.inflight_bytes or self.inflight_bytes + raw_bytes <= self._max_bytes
+
+    def wait_room(self, raw_bytes: int, max_unfinished: int, timeout: float) -> bool:
+        """Wait for `room`, and for fewer than so many requests that are not materialized."""
+
+        def there_is() -> bool:
+            return self._closed or (self._unfinished < max_unfinished and self.room(raw_bytes))
+
+        return self._wait(there_is, time.monotonic() + timeout)
+
+    # ---- materialize
+
+    def _may_start(self, request: Request) -> bool:
+        """Asked by the pool, which holds its lock: no other one is taken. Results that wait to be taken wait for a message
+        only, so this can not last."""
+        return self._max_bytes is None or self._result_bytes < self._max_bytes
+
+    def _run(self, request: Request) -> BaseException | None:
+        """On a worker, or in `work`. Returns what is to be raised in the caller's thread, if it is the caller's."""
+        with self._lock:
+            if request.state != QUEUED:
+                return None
+            request.state = RUNNING
+            self._running[request.serial] = request
+            raw, request.raw = request.raw, None
+            if request.timeout is not None and self._pool is not None:
+                request.deadline = time.monotonic() + request.timeout
+                self._changed.notify_all()  # who waits, waits until then at most
+        began_ns = time.monotonic_ns()
+        end, part, failure, interrupt = self._make(raw)
+        del raw
+        self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
+        with self._lock:
+            self._running.pop(request.serial, None)
+            self._drop_raw(request)
+            if request.state == RUNNING:
+                self._settle(request, end, part, failure)
+                self._tally.add("materialized_bytes", request.result_bytes)
+                part = None
+            self._level()
+        if part is not None:
+            part.withdraw()  # nobody wants it any more
+        return interrupt
+
+    def _make(self, raw: Any) -> "tuple[int, Encoded | None, Failure | None, BaseException | None]":
+        """``(end, part, failure, interrupt)``; whatever goes wrong is the one request's alone."""
+        place = None
+        try:
+            place = self._group.in_place(self._no_room, self._hash) if self._out_name is not None else None
+            if place is None:
+                value = self._materialize(raw)
+            elif self._out_name:
+                value = self._materialize(raw, **{self._out_name: place.array})
+            else:
+                value = self._materialize(raw, place.array)
+            if value is None:
+                return lockstep.NONE, None, None, None
+            return lockstep.VALUE, self._group.prepare(value, in_place=place), None, None
+        except BaseException as error:
+            interrupt = error if isinstance(error, KeyboardInterrupt) else None
+            return lockstep.FAILED, None, lockstep.failure_of(error), interrupt
+        finally:
+            if place is not None:
+                place.end()
+
+    def _no_room(self, nbytes: int) -> None:
+        self._tally.add("out_full")
+
+    def work(self, until: float, serials: Sequence[int] | None = None) -> None:
+        """Without workers: materialize here, first come first served, until then, or until results take the bytes that may be
+        in flight; of ``serials`` all, whatever the limit."""
+        if self._pool is not None:
+            return
+        with self._lock:
+            urgent = [self._requests[serial] for serial in serials or () if serial in self._requests]
+        for request in urgent:
+            if time.monotonic() >= until:
+                return
+            self._run_here(request)
+        while serials is None and time.monotonic() < until:
+            with self._lock:
+                if not self._queue or not self._may_start(self._queue[0]):
+                    return
+                request = self._queue.popleft()
+            self._run_here(request)
+
+    def _run_here(self, request: Request) -> None:
+        interrupt = self._run(request)
+        if interrupt is not None:
+            raise interrupt
+
+    # ---- ends
+
+    def cancel(self, serials: Iterable[int]) -> None:
+        """End these as cancelled, as far as they are not taken."""
+        self._end(serials, lockstep.CANCELLED)
+
+    def fail_unfinished(self, error: BaseException) -> None:
+        """End as failed what is not materialized yet."""
+        self._end(None, lockstep.FAILED, lockstep.failure_of(error))
+
+    def _end(self, serials: Iterable[int] | None, end: int, failure: Failure | None = None) -> None:
+        """``serials``: None: all that are not ready."""
+        parts: list[Encoded] = []
+        with self._lock:
+            if serials is None:
+                serials = [serial for serial, request in self._requests.items() if request.state != READY]
+            for serial in serials:
+                request = self._requests.get(serial)
+                if request is None:
+                    continue
+                if request.part is not None:
+                    parts.append(request.part)
+                if request.state == QUEUED:
+                    request.raw = None
+                    self._drop_raw(request)
+                elif request.state == RUNNING:
+                    latest = time.monotonic() + _CANCEL_GRACE_S
+                    request.deadline = latest if request.deadline is None else min(request.deadline, latest)
+                self._settle(request, end, failure=failure)
+            self._level()
+        for part in parts:
+            part.withdraw()
+
+    def _settle(self, request: Request, end: int, part: Encoded | None = None, failure: Failure | None = None) -> None:
+        """With the lock held: how a request ends, if that does not change before it is taken."""
+        if request.state in (QUEUED, RUNNING):
+            self._unfinished -= 1
+        self._result_bytes -= request.result_bytes
+        request.result_bytes = 0 if part is None else sum([handle.nbytes for handle in part.handles]) + len(part.blob)
+        self._result_bytes += request.result_bytes
+        request.state = READY
+        request.end, request.part, request.failure = end, part, failure
+        self._ready[request.serial] = request
+        self._signal()
+        self._changed.notify_all()
+
+    def _expire(self) -> None:
+        """With the lock held: give up the workers whose time has come."""
+        now = time.monotonic()
+        for request in list(self._running.values()):
+            if request.deadline is None or request.deadline > now or self._pool is None:
+                continue
+            del self._running[request.serial]
+            self._drop_raw(request)
+            if self._pool.abandon(request):
+                self._tally.add("abandoned_workers")
+            if request.state == RUNNING:
+                text = f"not materialized within {request.timeout} s; its worker was given up"
+                self._settle(request, lockstep.FAILED, failure=Failure("TimeoutError", text, ""))
+                self._tally.add("outcomes_timeout")
+
+    def _drop_raw(self, request: Request) -> None:
+        self._raw_bytes -= request.raw_bytes
+        request.raw_bytes = 0
+
+    # ---- out
+
+    def any_ready(self) -> bool:
+        """Whether `take` would give something."""
+        with self._lock:
+            if self._running:
+                self._expire()
+            return bool(self._ready)
+
+    def wait(self, until: float, serials: Sequence[int] | None = None) -> bool:
+        """Wait until something is ready, or all of ``serials``; False if it is not by then."""
+        if serials is None:
+            return self._wait(lambda: bool(self._ready), until)
+        left = list(serials)
+
+        def all_ready() -> bool:
+            while left and left[-1] in self._ready:
+                left.pop()
+            return not left
+
+        return self._wait(all_ready, until)
+
+    def _wait(self, condition: Callable[[], bool], until: float) -> bool:
+        with self._lock:
+            while True:
+                self._expire()
+                if self._closed or condition():
+                    return True
+                now = time.monotonic()
+                if now >= until:
+                    return False
+                deadlines = [request.deadline for request in self._running.values() if request.deadline is not None]
+                left = min([until, *deadlines]) - now
+                self._changed.wait(min(max(left, 0.0), threading.TIMEOUT_MAX))
+
+    def take(self, serials: Sequence[int] | None = None) -> list[Request]:
+        """What goes into the next message: what is ready, in that order, or ``serials``. It is the caller's from here on."""
+        taken: list[Request] = []
+        values = 0
+        with self._lock:
+            self._expire()
+            ready = self._ready.values() if serials is None else [self._ready[serial] for serial in serials]
+            for request in ready:
+                values += request.part is not None
+                if serials is None and values > MAX_VALUES:
+                    break
+                taken.append(request)
+            for request in taken:
+                del self._ready[request.serial], self._requests[request.serial]
+                request.state = TAKEN
+                self._result_bytes -= request.result_bytes
+                request.result_bytes = 0
+            self._signal()
+            self._level()
+        return taken
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while something is ready, or is for `work` to do. Made when first asked for."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("fileno: the caster is closed")
+            if self._event is None:
+                self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._signal()
+            return self._event
+
+    def _signal(self) -> None:
+        """With the lock held: have the descriptor show how things are."""
+        if self._event is not None:
+            with suppress(BlockingIOError):  # it is empty already
+                os.eventfd_read(self._event)
+            if self._ready or self._queue:
+                os.eventfd_write(self._event, 1)
+
+    def may_hang(self) -> bool:
+        """Whether all that is being materialized may take any time."""
+        with self._lock:
+            return all(request.deadline is None for request in self._running.values())
+
+    def close(self) -> None:
+        """Forget everything, and take back what was prepared. What is being materialized goes on and is taken back when it
+        comes. Idempotent."""
+        with self._lock:
+            self._closed = True
+            parts = [request.part for request in self._requests.values() if request.part is not None]
+            for request in [*self._requests.values(), *self._running.values()]:
+                request.state = TAKEN
+                request.raw = None
+                request.raw_bytes = 0
+            self._requests.clear()
+            self._ready.clear()
+            self._queue.clear()
+            self._raw_bytes = self._result_bytes = self._unfinished = 0
+            event, self._event = self._event, None
+            if event is not None:
+                os.close(event)
+            self._changed.notify_all()
+        if self._pool is not None:
+            self._pool.close()
+        for part in parts:
+            part.withdraw()
+
+    def _level(self) -> None:
+        """With the lock held: after something has changed."""
+        self._tally.level("inflight_bytes", self.inflight_bytes)
+        if self._pool is not None and self._max_bytes is not None:
+            self._pool.nudge()
+
+
+def out_parameter(materialize: Callable[..., Any]) -> str | None:
+    """How a function takes `InPlace.array`: the name of a parameter, "" for its second one; None where it does not.
+
+    It does with a parameter called ``out``, or a second one that must be given. Other parameters with defaults are its own
+    business."""
+    try:
+        parameters = list(inspect.signature(materialize).parameters.values())
+    except (TypeError, ValueError):  # some functions in C
+        return None
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    for each in parameters[1:]:
+        if each.name == "out" and each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD):
+            return "out"
+    second = positional[1:2]
+    return "" if second and (second[0].default is second[0].empty or second[0].name == "out") else None
+
+
+def size_of(raw: Any) -> int:
+    """About how many bytes of memory a raw request is: texts, bytes, and whatever has ``nbytes``, inside of containers and
+    objects too. Cheap: of very many small things the rest is not looked at."""
+    total = 0
+    stack = [raw]
+    seen: set[int] = set()
+    for _ in range(_MAX_NODES):
+        if not stack:
+            break
+        thing = stack.pop()
+        if isinstance(thing, (str, bytes, bytearray)):
+            total += len(thing)
+        elif thing is not None and not isinstance(thing, (int, float, type)) and id(thing) not in seen:
+            seen.add(id(thing))
+            try:
+                own, inside = _look_into(thing)
+                total += own
+                stack.extend(islice(inside, _MAX_NODES))
+            except Exception:  # whatever its properties do: it is an estimate
+                continue
+    return total
+
+
+def _look_into(thing: Any) -> tuple[int, Iterable[Any]]:
+    nbytes = getattr(thing, "nbytes", None)
+    if isinstance(nbytes, int):
+        return nbytes, ()
+    if isinstance(thing, dict):
+        return 0, chain(thing.keys(), thing.values())
+    if isinstance(thing, (list, tuple, set, frozenset, deque)):
+        return 0, thing
+    return 0, () if callable(thing) else getattr(thing, "__dict__", {}).values()
