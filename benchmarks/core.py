@@ -80,8 +80,8 @@ def bench_publish(pool: np.ndarray, sizes: list[int], repeats: int) -> list[dict
         for nbytes in sizes:
             source, wrong = windows(pool, nbytes), 0
             reservation = arena.reserve(nbytes, "uint8")
-            target = reservation.array
-            actions: dict[str, Callable[[np.ndarray], Any]] = {
+            target: Any = reservation.array  # Python 3.10 has no name for what has a buffer
+            actions: dict[str, Callable[[Any], Any]] = {
                 "publish": partial(arena.publish, readers=0, keep=True),
                 "memcpy": partial(_native.copy_with, "memcpy", target),
                 "streaming": partial(_native.copy_with, "streaming", target),
@@ -158,7 +158,7 @@ def attach_reader(pipe: Connection) -> None:
             array = shmcast.attach(handle).array
             first[nbytes].append(time.perf_counter() - began)
             if nbytes not in read:
-                private = np.zeros(nbytes, np.uint8)
+                private: Any = np.zeros(nbytes, np.uint8)
                 read[nbytes] = timed(partial(np.copyto, private, array))[0] * 1e6
                 sums[nbytes] = shmcast.hash128(private)
             del array
@@ -176,7 +176,7 @@ def bench_attach(sizes: list[int], handles: int) -> list[dict[str, Any]]:
         with shmcast.Arena.create(2 * sum(sizes) + 64 * MIB, segment_bytes=2 * sum(sizes) + 64 * MIB) as arena:
             raws, expected = {}, {}
             for nbytes in sizes:
-                array = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
+                array: Any = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
                 one = arena.publish(array, readers=0, keep=True)
                 expected[nbytes] = shmcast.hash128(array)
                 # A handle of its own each, and the same bytes: a thousand blocks of 64 MiB would not fit.

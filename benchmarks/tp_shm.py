@@ -6,6 +6,9 @@ window of a request: it arrives → the last rank has read every byte once, copi
 stand-in for the transfer to its GPU), and given everything back. Contents are verified outside the window, on every
 rank, against arrays that the parent materialized. CPU is that of all processes of the run without their start-up; the
 parent stands for the world outside and is not counted. A benchmark asserts nothing: it measures and reports.
+
+With --rate or --concurrency the requests come as a stream instead, while others are served, to ranks that run the loop
+of an engine: see `tp/engine.py`.
 """
 
 from __future__ import annotations

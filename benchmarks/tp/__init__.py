@@ -4,10 +4,17 @@ config      what one invocation does; presets
 workloads   raw requests, and how one becomes arrays (photos: the real photographs)
 strategies  the table of ways to get the arrays to every rank; one class each (collectives, naive, shm with in_place)
 rank        a rank: what a strategy sees of it (gloo: its process group); tokenizer: the other kind of process
-children    what both do alike; inputs: what both are given; records: what they tell of time
+process     a rank's process; children: what all processes do alike; inputs: what they are given; records: what they
+            tell of time; contents: what a rank has read, and whether it is right
 world       starts, commands, watches and ends those processes; counts CPU and memory from outside
 session     the order in which things are measured; run: the command line
 measure     from time stamps to figures
 machine     where it ran, and the bounds there
 report      tables, plot, targets
+
+Streams of requests, instead of batches:
+arrivals    what comes when, what fails and what is cancelled
+engine      the loop of a rank, one iteration a decode tick; wire: its own broadcast
+servers     what the loop asks of a strategy (pools: asynchronous ones over the process group; casters: shmcast's)
+stream      the order in which things are measured; stream_measure, stream_report: as above
 """

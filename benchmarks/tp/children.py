@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
         tokenizer(pipe, Connection(descriptors[1], readable=False))
     else:
-        from tp.rank import main as rank
+        from tp.process import main as rank
 
         inbox = Connection(descriptors[1], writable=False) if len(descriptors) > 1 else None
         rank(int(arguments[2]), pipe, inbox)

@@ -40,7 +40,7 @@ class Raw(Strategy):
         if rank.is_entry:
             rank.sending(*batch)
             with rank.span("publish", *batch):
-                payload = rank.collectives.pickle([rank.inputs.raws[i] for i in batch])
+                payload = rank.collectives.pickle([rank.raw(i) for i in batch])
             rank.messaging(*batch)
         message = rank.collectives.broadcast(payload)
         rank.received(*batch)
@@ -48,7 +48,7 @@ class Raw(Strategy):
             raws = pickle.loads(message)
         for i, raw in zip(batch, raws, strict=True):
             with rank.span("materialize", i):
-                features = rank.workload.materialize(raw)
+                features = rank.make(i, raw)
             rank.usable(i)
             rank.consume(i, features)
 

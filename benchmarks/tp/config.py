@@ -8,6 +8,20 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Requests that arrive while others are served, instead of batches."""
+
+    rate: float = 0.0  # a second, Poisson; 0: all at once
+    concurrency: int = 0  # instead of a rate: the next arrives when one of so many has ended
+    mix: tuple[tuple[str, float], ...] = ()  # sizes of requests, and their weights
+    distinct: int = 20  # raw requests, from which those that arrive are drawn
+    cancel_ratio: float = 0.0  # are cancelled
+    cancel_within_ms: float = 1000.0  # after their arrival
+    fail_ratio: float = 0.0  # can not be materialized
+    workers: int = 2  # threads that materialize on a rank, where a strategy has such
+
+
+@dataclass(frozen=True)
 class Config:
     """One invocation. Everything that a child process must know travels in it, so it is a plain value."""
 
@@ -17,7 +31,7 @@ class Config:
     strategies: tuple[str, ...] = ()
     rounds: int = 5
     requests: int = 0  # a run; 0: the workload's own number
-    batch: int = 1  # requests that arrive together and are served in one iteration
+    batch: int = 1  # requests that arrive together and are served in one iteration; of a stream: at most so many
     seed: int = 1
     work_ms: float = 500.0  # spin, wait: what one materialization costs
     array_mb: float = 10.0  # spin, wait: what it makes, MiB
@@ -26,6 +40,7 @@ class Config:
     late_ms: float = 1.0  # a tick later than this is late
     quick: bool = False
     timeout_s: float = 120.0  # a batch, and any collective in it
+    stream: Stream | None = None  # None: batches
     preset: str | None = None
     token: str = "tpshm"  # in the name of every segment of this run
 
@@ -61,6 +76,12 @@ def quick(config: Config) -> Config:
     rounds = 1 if config.preset else min(config.rounds, 2)
     work_ms = min(config.work_ms, 50.0 if config.preset else 100.0)
     return replace(config, rounds=rounds, requests=config.requests or 3, work_ms=work_ms, quick=True)
+
+
+def quick_stream(config: Config, stream: Stream) -> Config:
+    """The same for a stream."""
+    stream = replace(stream, distinct=min(stream.distinct, 6))
+    return replace(config, rounds=1, requests=config.requests or 16, quick=True, stream=stream)
 
 
 PRESETS = {"origin": origin}

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tp.contents import aligned_bytes, fingerprint
 from tp.workloads import Features, Workload
-
-ALIGN_BYTES = 64  # of each array in the buffer that it is read into
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Inputs:
     sizes: list[int]  # bytes of each request's arrays, each array rounded up to `ALIGN_BYTES`
     metas: list[dict[str, Any]]
     counts: list[int]  # arrays of each request
-    slots: int  # requests of the largest batch
+    prints: list[int]  # fingerprints of each request's arrays
+    slots: int  # requests that a rank has room to read into at once
 
     @property
     def slot_bytes(self) -> int:
@@ -57,10 +57,10 @@ class Inputs:
 
 
 def prepare(
-    workload: Workload, count: int, slots: int, directory: str, progress: Callable[[], Any]
+    workload: Workload, raws: list[Any], slots: int, directory: str, progress: Callable[[], Any]
 ) -> tuple[Inputs, list[Cost]]:
-    """Make `count` requests and their expected arrays; `progress` is called after each. Costs are one a request."""
-    inputs = Inputs(directory, workload.make(count), [], [], [], slots)
+    """Make the expected arrays of these requests; `progress` is called after each. Costs are one a request."""
+    inputs = Inputs(directory, raws, [], [], [], [], slots)
     workload.materialize(inputs.raws[0])  # imports, first page faults
     costs: list[Cost] = []
     for i, raw in enumerate(inputs.raws):
@@ -71,8 +71,9 @@ def prepare(
         costs.append(Cost(costs[0].cpu_s, costs[0].wall_s, features.nbytes) if alike else cost)
         for k, array in enumerate(features.arrays):
             np.save(_path(directory, i, k), array)
-        inputs.sizes.append(sum(-(-a.nbytes // ALIGN_BYTES) * ALIGN_BYTES for a in features.arrays))
+        inputs.sizes.append(sum(aligned_bytes(a.nbytes) for a in features.arrays))
         inputs.counts.append(len(features.arrays))
+        inputs.prints.append(fingerprint(features.meta, features.arrays))
         inputs.metas.append(features.meta)
         progress()
     (Path(directory) / "inputs.pickle").write_bytes(pickle.dumps(asdict(inputs), protocol=5))

@@ -65,7 +65,7 @@ class ShmNaive(Strategy):
                 for opened, (meta, request) in zip(descriptors, stubs, strict=True)
             ]
             failed = np.array([any(d < 0 for d in opened) for opened in descriptors], np.int32)
-            if rank.collectives.any_failed(failed).any():
+            if rank.collectives.on_any(failed).any():
                 raise RuntimeError(f"shm-naive: open segments: failed on some rank, by request: {failed.tolist()}")
         rank.usable(*batch)
         for i, features in zip(batch, shared, strict=True):

@@ -13,7 +13,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,6 +28,21 @@ FRAME_SIZE = (560, 392)  # width and height of a video frame after resizing, pix
 CAMERA_SIZE = (576, 384)  # and before
 
 Grid = tuple[int, int, int]  # patches in time, down and across
+
+
+class Size(NamedTuple):
+    """Ranges from which a request is drawn."""
+
+    images: tuple[int, int]
+    megapixels: tuple[float, float]
+    max_tokens: tuple[int, int]  # merged patches that the processor leaves of an image, at most
+
+
+SIZES = {
+    "small": Size((1, 1), (0.3, 1.0), (150, 300)),
+    "medium": Size((1, 1), (2.0, 4.0), (400, 800)),
+    "large": Size((1, 2), (4.0, 8.0), (800, 1280)),
+}
 NewArray = Callable[[tuple[int, ...], DTypeLike], NDArray[Any]]
 
 
@@ -46,17 +61,19 @@ def load(directory: str | None) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in paths]
 
 
-def image_request(sources: Sequence[Image.Image], seed: Sequence[int]) -> dict[str, Any]:
-    """One or two photographs of 4 to 8 megapixels, as an API receives them: base64 of a JPEG."""
+def image_request(sources: Sequence[Image.Image], seed: Sequence[int], size: str = "large") -> dict[str, Any]:
+    """One or two photographs (large: of 4 to 8 megapixels), as an API receives them: base64 of a JPEG."""
     rng = np.random.default_rng(seed)
+    ranges = SIZES[size]
     images = []
-    for _ in range(int(rng.integers(1, 3))):
+    for _ in range(int(rng.integers(*ranges.images, endpoint=True))):
         piece = _piece(sources, rng)
-        megapixels = rng.uniform(4, 8)
+        megapixels = rng.uniform(*ranges.megapixels)
         scale = math.sqrt(megapixels * 1e6 / (piece.width * piece.height))
-        size = (round(piece.width * scale), round(piece.height * scale))
-        encoded = base64.b64encode(_jpeg(piece.resize(size, Image.Resampling.BICUBIC)))
-        images.append({"base64": encoded, "max_pixels": int(rng.integers(800, 1281)) * FACTOR * FACTOR})
+        enlarged = (round(piece.width * scale), round(piece.height * scale))
+        encoded = base64.b64encode(_jpeg(piece.resize(enlarged, Image.Resampling.BICUBIC)))
+        max_tokens = int(rng.integers(*ranges.max_tokens, endpoint=True))
+        images.append({"base64": encoded, "max_pixels": max_tokens * FACTOR * FACTOR})
     return {"images": images}
 
 

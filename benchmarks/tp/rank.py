@@ -1,31 +1,28 @@
-"""One tensor-parallel rank: what a strategy sees of it, and its command loop.
+"""One tensor-parallel rank: what a strategy sees of it, and how it serves a batch.
 
-Marks are CLOCK_MONOTONIC, which all processes of a host share, in nanoseconds. The loop serves one command at a time
-from the parent over a pipe; when the pipe ends, so does the process.
+Marks are CLOCK_MONOTONIC, which all processes of a host share, in nanoseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import os
 import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from tp.children import command_loop, give_back_memory, reaped_cpu_ns
+from tp.children import reaped_cpu_ns
 from tp.config import Config
+from tp.contents import Slot
 from tp.gloo import Collectives
-from tp.inputs import ALIGN_BYTES, Inputs
+from tp.inputs import Inputs
 from tp.records import Arrival, Record, Reply
-from tp.strategies import STRATEGIES, Strategy, load
-from tp.workloads import Array, Features, NewArray, make_workload
+from tp.strategies import Strategy
+from tp.workloads import Features, NewArray, make_workload
 
 now_ns = time.monotonic_ns
 ENTRY = 0
@@ -44,48 +41,24 @@ class DecodeTick:
     def start(self, arrival_ns: int) -> None:
         """Begin to count at a batch's arrival."""
         self.due_ns = arrival_ns + self.period_ns
-        self.ticks = self.late_ticks = 0
+        self.lateness_ns: list[int] = []
 
     def poll(self) -> None:
         """Serve what has become due."""
         now = now_ns()
         while self.due_ns <= now:
-            self.ticks += 1
-            self.late_ticks += now - self.due_ns > self.late_ns
+            self.lateness_ns.append(now - self.due_ns)
             self.due_ns += self.period_ns
 
+    @property
+    def ticks(self) -> int:
+        """Served so far."""
+        return len(self.lateness_ns)
 
-@dataclass
-class Slot:
-    """Where the reads of one request of the batch go: the stand-in for a GPU's memory, and what is verified."""
-
-    buffer: Array  # uint8
-    index: int = -1
-    meta: dict[str, Any] = field(default_factory=dict)
-    shapes: list[tuple[tuple[int, ...], np.dtype[Any]]] = field(default_factory=list)
-
-    def read(self, index: int, features: Features) -> None:
-        """Copy every byte of `features` out."""
-        self.index, self.meta = index, features.meta
-        self.shapes = [(a.shape, a.dtype) for a in features.arrays]
-        at = 0
-        for array in features.arrays:
-            np.copyto(self.buffer[at : at + array.nbytes].view(array.dtype).reshape(array.shape), array)
-            at += -(-array.nbytes // ALIGN_BYTES) * ALIGN_BYTES
-
-    def differences(self, expected: Features) -> str | None:
-        """What differs from an independently materialized copy, or None."""
-        if self.meta != expected.meta:
-            return f"meta {self.meta!r}, expected {expected.meta!r}"
-        if self.shapes != (shapes := [(a.shape, a.dtype) for a in expected.arrays]):
-            return f"shapes {self.shapes!r}, expected {shapes!r}"
-        at = 0
-        for i, array in enumerate(expected.arrays):
-            got = self.buffer[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
-            if not np.array_equal(got, array):
-                return f"array {i}: {np.count_nonzero(got != array)} of {array.size} elements differ"
-            at += -(-array.nbytes // ALIGN_BYTES) * ALIGN_BYTES
-        return None
+    @property
+    def late_ticks(self) -> int:
+        """Those of them that were late."""
+        return sum(late_ns > self.late_ns for late_ns in self.lateness_ns)
 
 
 class Rank:
@@ -128,10 +101,18 @@ class Rank:
                 record, name = self.records[i], f"{what}_ns"
                 setattr(record, name, getattr(record, name) + share_ns)
 
+    def raw(self, index: int) -> Any:
+        """The raw request with this index."""
+        return self.inputs.raws[index]
+
+    def make(self, index: int, raw: Any, new: NewArray = np.empty) -> Features:
+        """What `raw`, which is this request's, becomes."""
+        return self.workload.materialize(raw, new)
+
     def materialize(self, index: int, new: NewArray = np.empty) -> Features:
         """Materialize here."""
         with self.span("materialize", index):
-            return self.workload.materialize(self.inputs.raws[index], new)
+            return self.make(index, self.raw(index), new)
 
     def produce(self, index: int) -> Features:
         """The arrays of a request, where one process makes them for all: here, or by the tokenizer. Entry only."""
@@ -223,47 +204,5 @@ class Rank:
             elif (difference := read[index].differences(self.inputs.expected(index))) is not None:
                 problems.append(f"rank {self.rank}, request {index}: {difference}")
         for slot in self.slots:
-            slot.index = -1
-            slot.buffer[: 1 << 16] = 0xA5  # so that a request that was never copied cannot pass
+            slot.spoil()
         return problems
-
-
-def main(rank: int, pipe: Connection, inbox: Connection | None) -> None:
-    """The process of one rank."""
-    config, store, directory = pipe.recv()
-    me = Rank(rank, config, Inputs.load(directory), inbox, store)
-    active: dict[str, Strategy] = {}
-
-    def setup(name: str) -> None:
-        active[name] = load(STRATEGIES[name].place)(me)
-        active[name].setup()
-
-    def serve(name: str, batch: Sequence[int], arrival_ns: int) -> Reply:
-        return me.serve(active[name], batch, arrival_ns)
-
-    def teardown(name: str) -> None:
-        strategy = active.pop(name, None)
-        if strategy is not None:
-            strategy.teardown()
-
-    def trim() -> None:
-        me.collectives.trim()
-        give_back_memory()
-
-    def stop() -> None:
-        for name in list(active):
-            teardown(name)
-        me.collectives.close()
-
-    handlers: dict[str, Any] = {
-        "setup": setup,
-        "serve": serve,
-        "verify": me.verify,
-        "teardown": teardown,
-        "trim": trim,
-        "stop": stop,
-    }
-    gc.collect()
-    gc.freeze()
-    pipe.send(("ok", os.getpid()))
-    command_loop(pipe, handlers)

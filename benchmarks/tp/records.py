@@ -45,3 +45,27 @@ class Arrival(NamedTuple):
     materialized_ns: int  # mark
     materialize_ns: int
     publish_ns: int
+
+
+class Ended(NamedTuple):
+    """What this rank knows of a request in the end."""
+
+    iteration: int
+    number: int
+    status: str
+    freed_ns: int
+    fingerprint: int
+
+
+class StreamReply(NamedTuple):
+    """A rank's answer to one stream."""
+
+    ended: list[Ended]  # in the order in which it happened
+    arrived_ns: dict[int, int]  # entry rank only
+    iterations: int
+    lateness_ns: list[int]  # of every tick
+    broadcasts: int
+    collectives: int
+    bytes_broadcast: int
+    fallbacks: int
+    reaped_cpu_ns: int

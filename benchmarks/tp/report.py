@@ -31,7 +31,7 @@ def tables(document: Document) -> list[str]:
     for scenario in document["config"]["scenarios"]:
         results = [r for r in document["results"] if r["batch_size"] == scenario["batch"]]
         lines += [f"{scenario['requests']} requests in batches of {scenario['batch']}", ""]
-        lines += [*_table(_summary(results), results), "", *_table(_SPLIT, results), ""]
+        lines += [*table(_summary(results), results), "", *table(_SPLIT, results), ""]
     lines += _bounds(document["bounds"], document["config"]["tp"])
     lines += _notes(document)
     if document["config"]["preset"] == "origin":
@@ -39,19 +39,19 @@ def tables(document: Document) -> list[str]:
     return lines
 
 
-def _ms(value: float | None) -> str:
+def ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _mib(value: float) -> str:
+def mib(value: float) -> str:
     return f"{value / MIB:.0f}"
 
 
-def _worst(percentiles: dict[str, float | None]) -> str:
+def worst(percentiles: dict[str, float | None]) -> str:
     p99 = percentiles["p99"]
-    return f"{_ms(percentiles['max'])} max" if p99 is None else f"{_ms(p99)} p99"
+    return f"{ms(percentiles['max'])} max" if p99 is None else f"{ms(p99)} p99"
 
 
 def _summary(results: list[Result]) -> Columns:
@@ -68,31 +68,31 @@ def _summary(results: list[Result]) -> Columns:
         ("of repl.", ratio),
         ("CPU %", lambda r: f"{r['cpu_percent']:.0f}"),
         ("req/s", lambda r: f"{r['throughput_rps']:.2f}"),
-        ("latency ms", lambda r: _ms(r["latency_ms"]["p50"])),
-        ("worst", lambda r: _worst(r["latency_ms"])),
-        ("handle only", lambda r: _ms(r["handle_ms"]["p50"])),
-        ("cold", lambda r: _ms(r["cold_ms"])),
+        ("latency ms", lambda r: ms(r["latency_ms"]["p50"])),
+        ("worst", lambda r: worst(r["latency_ms"])),
+        ("handle only", lambda r: ms(r["handle_ms"]["p50"])),
+        ("cold", lambda r: ms(r["cold_ms"])),
         ("late ticks", lambda r: f"{r['late_ticks']:.0f}/{r['ticks']:.0f}"),
-        ("shm MiB", lambda r: _mib(r["peak_shm_bytes"])),
-        ("private", lambda r: _mib(r["peak_private_bytes"])),
+        ("shm MiB", lambda r: mib(r["peak_shm_bytes"])),
+        ("private", lambda r: mib(r["peak_private_bytes"])),
         ("verified", lambda r: "yes" if r["verified"] else "NO"),
     )
 
 
 def _split(name: str) -> Callable[[Result], str]:
-    return lambda r: _ms(r["split_ms"][f"{name}_ms"])
+    return lambda r: ms(r["split_ms"][f"{name}_ms"])
 
 
 _SPLIT: Columns = (
-    ("transport ms", lambda r: _ms(r["transport_ms"]["p50"])),
-    ("worst", lambda r: _worst(r["transport_ms"])),
+    ("transport ms", lambda r: ms(r["transport_ms"]["p50"])),
+    ("worst", lambda r: worst(r["transport_ms"])),
     ("materialize", _split("materialize")),
     ("publish", _split("publish")),
     ("message", _split("message")),
     ("attach", _split("attach")),
     ("first read", _split("read")),
     ("release", _split("release")),
-    ("skew", lambda r: _ms(r["skew_ms"]["p50"])),
+    ("skew", lambda r: ms(r["skew_ms"]["p50"])),
     ("broadcasts", lambda r: str(r["broadcasts"])),
     ("collectives", lambda r: str(r["collectives"])),
     ("bytes sent", lambda r: f"{r['bytes_broadcast']:,}"),
@@ -100,7 +100,7 @@ _SPLIT: Columns = (
 )
 
 
-def _table(columns: Columns, results: list[Result]) -> list[str]:
+def table(columns: Columns, results: list[Result]) -> list[str]:
     rows = [["strategy", *(name for name, _ in columns)]]
     for result in results:
         rows.append([result["strategy"], *(cell(result) for _, cell in columns)] if "wall_s" in result else

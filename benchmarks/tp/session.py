@@ -26,14 +26,14 @@ def measure(config: Config, directory: str) -> dict[str, Any]:
     workload = make_workload(config)
     parts = scenarios(config, workload.requests)
     count, slots = max(p.requests for p in parts), max(min(p.batch, p.requests) for p in parts)
-    with _progress(count, "request") as bar:
+    with progress(count, "request") as bar:
         bar.set_description("make requests")
-        inputs, costs = prepare(workload, count, slots, directory, bar.update)
-    _check_memory(config.tp * inputs.slot_bytes * slots)
+        inputs, costs = prepare(workload, workload.make(count), slots, directory, bar.update)
+    check_memory(config.tp * inputs.slot_bytes * slots)
     limits = bounds(config, costs[: parts[0].requests])
     world, collected = World(config, directory), list[Collected]()
     try:
-        with _progress(sum(_batches(p, config.rounds) for p in parts), "batch") as bar:
+        with progress(sum(_batches(p, config.rounds) for p in parts), "batch") as bar:
             bar.set_description("start processes")
             world.start()
             for part in parts:
@@ -125,7 +125,7 @@ class _Part:
         return [c for c in self.all if c.error is None]
 
 
-def _progress(total: int, unit: str) -> tqdm[Any]:
+def progress(total: int, unit: str) -> tqdm[Any]:
     """A bar for a person; a line now and then for a log."""
     return tqdm(total=total, unit=unit, leave=False, mininterval=0.2 if sys.stderr.isatty() else 10.0)
 
@@ -135,7 +135,7 @@ def _batches(part: Scenario, rounds: int) -> int:
     return len(part.strategies) * (1 + watched + rounds * (1 + len(part.batches)))
 
 
-def _check_memory(buffers: int) -> None:
+def check_memory(buffers: int) -> None:
     """Refuse what would drive the machine into swapping: private buffers, and as much again for transport."""
     available = available_bytes()
     if 2 * buffers > available:

@@ -1,6 +1,7 @@
 """The table of strategies, and what all of them have in common.
 
-A new strategy is a class (below `Strategy`, in a file of its own family) and one line in `STRATEGIES`. Classes are
+A new strategy is a class (below `Strategy`, or `servers.Server` if it serves streams alone; in a file of its own
+family) and one line in `STRATEGIES`. Classes are
 named, not imported, here: a strategy that needs a package is no burden for the others.
 """
 
@@ -60,9 +61,10 @@ class Spec:
 
     name: str
     summary: str
-    place: str
+    place: str = ""  # its `Strategy`; none: it is asynchronous, and serves streams alone
     tokenizer: str | None = None  # its `TokenizerSide`; None: the tokenizer has no part in it
     once: bool = True  # one materialization a request, not one a rank
+    server: str = ""  # its `Server`; none: it serves a stream synchronously
 
 
 _PICKLED = "tp.tokenizer:Pickled"
@@ -77,8 +79,14 @@ STRATEGIES: dict[str, Spec] = {
         Spec("tensor", "metadata, then dist.broadcast array by array", "tp.collectives:Tensor", _PICKLED),
         Spec("shm-naive", "a fresh segment an array, barrier, all_reduce", "tp.naive:ShmNaive", _PICKLED),
         Spec("shm", "shmcast: in place, warm, handles", "tp.shm:Shm", "tp.in_place:ShmTokenizer"),
+        Spec("raw-async", "raw, in threads; a reduction says what is ready", server="tp.pools:RawAsync", once=False),
+        Spec("object-async", "object, in threads; what is ready in one broadcast", server="tp.pools:ObjectAsync"),
+        Spec("shm-async", "shmcast's Caster; its message over the process group", server="tp.casters:ShmAsync"),
+        Spec("shm-ring", "the same, its message over the ring in shared memory", server="tp.casters:ShmRing"),
+        Spec("shm-ride", "the same, its message inside that of the engine", server="tp.casters:ShmRide"),
     )
 }
+BATCHED = tuple(name for name, spec in STRATEGIES.items() if spec.place)  # the others serve streams alone
 
 
 def load(place: str) -> Any:

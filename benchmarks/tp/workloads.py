@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,13 +44,18 @@ class Workload(ABC):
     requests: ClassVar[int] = 10  # a run, unless the user says otherwise
 
     costs_alike: ClassVar[bool] = False  # every request costs the same
+    sizes: ClassVar[tuple[str, ...]] = ("large",)  # that requests come in
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     @abstractmethod
     def make(self, count: int) -> list[Any]:
-        """`count` raw requests by the configured seed; picklable."""
+        """`count` raw requests by the configured seed, the largest that there are; picklable."""
+
+    def make_sized(self, sizes: Sequence[str]) -> list[Any]:
+        """One raw request of each of these `sizes`."""
+        return self.make(len(sizes))
 
     @abstractmethod
     def materialize(self, raw: Any, new: NewArray = np.empty) -> Features:
@@ -66,10 +71,14 @@ class Images(Workload):
 
     name = "images"
     summary = "one or two photographs of 4 to 8 megapixels as base64 JPEG; 14 to 46 MiB of float32 patches"
+    sizes = tuple(photos.SIZES)
 
     def make(self, count: int) -> list[Any]:
+        return self.make_sized(["large"] * count)
+
+    def make_sized(self, sizes: Sequence[str]) -> list[Any]:
         sources = photos.load(self.config.images)
-        return [photos.image_request(sources, [self.config.seed, i]) for i in range(count)]
+        return [photos.image_request(sources, [self.config.seed, i], size) for i, size in enumerate(sizes)]
 
     def materialize(self, raw: Any, new: NewArray = np.empty) -> Features:
         arrays, grids = [], []

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tp.arrivals import Request
 from tp.config import Config
-from tp.records import Reply
 
 SHM = Path("/dev/shm")
 LEAD_NS = 2_000_000  # between the command and the arrival of a batch, so that all ranks are awake when it comes
@@ -32,10 +32,10 @@ class ChildError(RuntimeError):
 
 
 class Served(NamedTuple):
-    """One batch, as seen from outside."""
+    """One batch or stream, as seen from outside."""
 
     arrival_ns: int
-    replies: list[Reply]  # by rank
+    replies: list[Any]  # by rank; a batch: `Reply`, a stream: `StreamReply`
     cpu_ns: int  # of all processes of the run, from before the command until after the last reply
 
 
@@ -103,22 +103,29 @@ class World:
             self._pipes, self._processes = [], []
             self.remove_leftovers()
 
-    def command(self, *message: Any) -> list[Any]:
-        """The same command to all processes; their answers, ranks first."""
+    def command(self, *message: Any, timeout_s: float = 0.0) -> list[Any]:
+        """The same command to all processes; their answers, ranks first. `timeout_s`: if it may take longer than any."""
         for pipe in self._pipes:
             try:
                 pipe.send(message)
             except OSError as error:
                 raise ChildError(f"send {message[0]!r}: {error}") from error
-        return self._gather(self.config.timeout_s + 30)
+        return self._gather(max(timeout_s, self.config.timeout_s) + 30)
 
     def serve(self, strategy: str, batch: Sequence[int]) -> Served:
         """Let one batch arrive and wait until every rank has done with it."""
+        return self._window(strategy, "serve", batch, 0.0)
+
+    def serve_stream(self, strategy: str, requests: Sequence[Request], timeout_s: float) -> Served:
+        """Let a stream arrive and wait until every rank has done with all of it; `timeout_s`: how long that may take."""
+        return self._window(strategy, "stream", requests, timeout_s)
+
+    def _window(self, strategy: str, command: str, what: Any, timeout_s: float) -> Served:
         cpu_ns = self.cpu_ns()
         arrival_ns = time.monotonic_ns() + LEAD_NS
-        replies = self.command("serve", strategy, batch, arrival_ns)
+        replies = self.command(command, strategy, what, arrival_ns, timeout_s=timeout_s)
         cpu_ns = self.cpu_ns() - cpu_ns
-        ranks: list[Reply] = replies[: self.config.tp]
+        ranks = replies[: self.config.tp]
         reaped_ns = [r.reaped_cpu_ns for r in ranks] + replies[self.config.tp :]
         cpu_ns += sum(reaped_ns) - sum(self._reaped_ns)
         self._reaped_ns = reaped_ns
@@ -187,9 +194,10 @@ class World:
 class MemoryPeak:
     """The highest `Memory` while the context is open, from samples of a thread of the parent."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, sample_s: float = SAMPLE_S) -> None:
         self.world = world
         self.peak = Memory(0, 0)
+        self._sample_s = sample_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -202,7 +210,7 @@ class MemoryPeak:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_S):
+        while not self._done.wait(self._sample_s):
             now = self.world.memory()
             self.peak = Memory(max(now.shared, self.peak.shared), max(now.private, self.peak.private))
 
