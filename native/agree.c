@@ -46,13 +46,17 @@ enum shmc_status shmc_fellows_reset(struct shmc_member *member)
     return SHMC_OK;
 }
 
-void shmc_fellows_begin(struct shmc_fellows *fellows)
+uint64_t shmc_fellows_begin(struct shmc_member *owner)
 {
-    if (fellows->member->index == SHMC_OWNER) {
-        shmc_atomic_u64 *verdict = &fellows->member->control.header->verdict;
-        uint64_t group = (shmc_seq_load(verdict) + SHMC_VERDICT_GROUP) & SHMC_VERDICT_GROUPS;
-        shmc_seq_store(verdict, group); /* pairs with the loads in shmc_ballot_look, after our first message */
-    }
+    shmc_atomic_u64 *verdict = &owner->control.header->verdict;
+    uint64_t group = (shmc_seq_load(verdict) + SHMC_VERDICT_GROUP) & SHMC_VERDICT_GROUPS;
+    shmc_seq_store(verdict, group); /* pairs with the loads in shmc_ballot_look */
+    return group;
+}
+
+static bool is_of(const struct shmc_fellows *fellows, uint64_t verdict)
+{
+    return (verdict & SHMC_VERDICT_GROUPS) == fellows->group;
 }
 
 /* ---- looking at one fellow ----------------------------------------------------------------------------------------- */
@@ -136,6 +140,9 @@ enum shmc_status shmc_fellows_record(struct shmc_fellows *fellows, uint64_t word
     if (shmc_member_inherited(fellows->member)) {
         return SHMC_INHERITED;
     }
+    if (!is_of(fellows, shmc_seq_load(&fellows->member->control.header->verdict))) {
+        return SHMC_OK; /* an end of an earlier group, which nobody waits for; the word is the new one's */
+    }
     struct shmc_peer_record *record = record_of(fellows, fellows->own);
     if ((word & SHMC_WORD_ENDED) != 0) {
         record_end(fellows, record, word, mask);
@@ -203,6 +210,9 @@ static enum shmc_agreement read_verdict(struct shmc_ballot *ballot, uint64_t ver
 {
     const struct shmc_control *control = &ballot->fellows->member->control;
     uint64_t word = SHMC_VERDICT_WORD(verdict);
+    if (!is_of(ballot->fellows, verdict)) {
+        return SHMC_AGREE_BROKEN; /* what ours has agreed on is gone; who was late for it has been given up */
+    }
     if (word < ballot->word) {
         return (verdict & SHMC_VERDICT_BROKEN) != 0 ? SHMC_AGREE_BROKEN : SHMC_AGREE_PENDING;
     }
@@ -254,6 +264,9 @@ bool shmc_fellows_give_up(const struct shmc_fellows *fellows, uint64_t word)
     struct shmc_header *header = fellows->member->control.header;
     uint64_t verdict = shmc_seq_load(&header->verdict);
     do {
+        if (!is_of(fellows, verdict)) {
+            return true; /* long since, and it is not for us to break another group */
+        }
         if (SHMC_VERDICT_WORD(verdict) >= word) {
             return false;
         }
@@ -269,7 +282,8 @@ bool shmc_fellows_give_up(const struct shmc_fellows *fellows, uint64_t word)
 bool shmc_fellows_given_up(const struct shmc_fellows *fellows)
 {
     /* pairs with the exchange in shmc_fellows_give_up */
-    return (shmc_seq_load(&fellows->member->control.header->verdict) & SHMC_VERDICT_BROKEN) != 0;
+    uint64_t verdict = shmc_seq_load(&fellows->member->control.header->verdict);
+    return (verdict & SHMC_VERDICT_BROKEN) != 0 || !is_of(fellows, verdict);
 }
 
 static bool is_decided(void *of)

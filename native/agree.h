@@ -17,6 +17,7 @@ struct shmc_fellows {
     struct shmc_member *member; /* outlives us */
     uint32_t count, own;        /* how many ranks; which of them we are */
     struct shmc_fellow ranks[SHMC_PEER_COUNT];
+    uint64_t group; /* as the verdict names it: SHMC_VERDICT_GROUPS */
     uint64_t taken; /* our word when we last recorded a message as taken in */
     uint64_t spin_ns;
 };
@@ -28,10 +29,11 @@ enum shmc_status shmc_fellows_init(struct shmc_fellows *fellows, struct shmc_mem
 /* Our word, as if there had never been a group; before anybody may take it for that of a new one. */
 enum shmc_status shmc_fellows_reset(struct shmc_member *member);
 
-/* The owner, before the first message of a group: nothing has been agreed on. Nothing on other ranks. */
-void shmc_fellows_begin(struct shmc_fellows *fellows);
+/* The owner, before any other rank of a new group resets its word: nothing has been agreed on. Gives the group's name, for
+ * `group` on every rank. To whoever still asks for an earlier group that one is broken. INHERITED is the caller's to ask. */
+uint64_t shmc_fellows_begin(struct shmc_member *owner);
 
-/* Set our word. `mask`: with an even word, what we could not take in of the message. A word with SHMC_WORD_ENDED never
+/* Set our word, unless the arena has another group now, whose it is. `mask`: with an even word, what we could not take in of the message. A word with SHMC_WORD_ENDED never
  * claims more than was recorded before. INHERITED. */
 enum shmc_status shmc_fellows_record(struct shmc_fellows *fellows, uint64_t word, uint64_t mask);
 

@@ -102,7 +102,8 @@
  *      mask    what the fellow could not take in of that message, a bit each; written before the word
  *      failed_step   the last word 2n at which a mask was not 0; 0: never
  *      verdict       the last word 2n that was agreed on, and the fellow that found so; bit 63: broken, nothing after
- *                    that word will ever be agreed on. The owner starts it anew for every group
+ *                    that word will ever be agreed on. The owner starts it anew for every group, and names the group in
+ *                    it; to fellows of another one it is broken before, and their words are not theirs any more
  *      decided_...   what a fellow has found: all masks, and who has one that is not 0
  *   Who takes part in the agreement on n records n, and goes on to n + 1 only when the verdict says n or broken.
  *   Messages that nobody agrees on pass in between: fellows may be any number of those apart. Meanwhile it looks:
@@ -237,7 +238,7 @@ struct shmc_peer_record {
 #define SHMC_WORD_ENDED (UINT64_C(1) << 63)
 #define SHMC_VERDICT_BROKEN (UINT64_C(1) << 63)
 /* bits 0..4: the peer that found it; 5..46: the word; 47..62: which group of this arena, so that a fellow of an earlier
- * one that was stopped midway changes nothing when it goes on */
+ * one that was stopped midway neither changes anything when it goes on nor takes another group's verdict for its own */
 #define SHMC_VERDICT_GROUP (UINT64_C(1) << 47)
 #define SHMC_VERDICT_GROUPS (UINT64_C(0xffff) << 47)
 #define SHMC_VERDICT(before, word, p) (((before) & SHMC_VERDICT_GROUPS) | (word) << 5 | (p))

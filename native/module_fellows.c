@@ -22,8 +22,8 @@ static PyObject *fellows_new(PyTypeObject *type, PyObject *arguments, PyObject *
     struct shmc_detail detail = {0, 0};
     struct tokens tokens;
     MemberObject *member;
-    uint64_t unused;
-    if (!as_ranks(type, arguments, "O!O:Fellows", &member, &tokens, &unused)) {
+    uint64_t group;
+    if (!as_ranks(type, arguments, "O!OK:Fellows", &member, &tokens, &group)) {
         return NULL;
     }
     FellowsObject *self = (FellowsObject *)type->tp_alloc(type, 0);
@@ -36,7 +36,7 @@ static PyObject *fellows_new(PyTypeObject *type, PyObject *arguments, PyObject *
         raise_status(member->state, status, &detail, "find the ranks of a group");
         Py_CLEAR(self);
     } else {
-        shmc_fellows_begin(&self->fellows);
+        self->fellows.group = group;
     }
     return (PyObject *)self;
 }
@@ -58,6 +58,24 @@ static PyObject *fellows_reset(PyTypeObject *type, PyObject *argument)
     }
     enum shmc_status status = shmc_fellows_reset(&((MemberObject *)argument)->member);
     return status == SHMC_OK ? Py_NewRef(Py_None) : raise_status(state, status, &none, "reset our word");
+}
+
+static PyObject *fellows_begin(PyTypeObject *type, PyObject *argument)
+{
+    const struct shmc_detail none = {0, 0};
+    const struct module_state *state = PyType_GetModuleState(type);
+    if (state == NULL || !PyObject_TypeCheck(argument, state->member_type)) {
+        return PyErr_Format(PyExc_TypeError, "begin: %s is no Member", Py_TYPE(argument)->tp_name);
+    }
+    struct shmc_member *member = &((MemberObject *)argument)->member;
+    if (shmc_member_inherited(member)) {
+        return raise_status(state, SHMC_INHERITED, &none, "begin a group");
+    }
+    if (member->index != SHMC_OWNER) {
+        return PyErr_Format(PyExc_ValueError, "begin a group: this is peer %u; the owner of the arena, peer 0, begins",
+                            member->index);
+    }
+    return PyLong_FromUnsignedLongLong(shmc_fellows_begin(member));
 }
 
 static PyObject *fellows_record(FellowsObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -171,6 +189,7 @@ static PyObject *fellows_given_up(FellowsObject *self, PyObject *Py_UNUSED(ignor
 
 static PyMethodDef fellows_methods[] = {
     {"reset", (PyCFunction)fellows_reset, METH_O | METH_CLASS, "Our word, as if there had never been a group."},
+    {"begin", (PyCFunction)fellows_begin, METH_O | METH_CLASS, "A new group of the arena: its name."},
     {"record", (PyCFunction)(void (*)(void))fellows_record, METH_FASTCALL, "Set our word, and our mask with it."},
     {"words", (PyCFunction)fellows_words, METH_NOARGS, "[(word, failed step)] by rank."},
     {"agree", (PyCFunction)(void (*)(void))fellows_agree, METH_FASTCALL, "All masks of a message, and whose; or None."},

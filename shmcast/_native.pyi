@@ -267,9 +267,14 @@ class Fellows:
 
     A word: ``2 n``: message n is taken in; ``2 n + 1``: waiting for the next; top bit: ended, will take in nothing more."""
 
-    def __init__(self, member: Member, tokens: Sequence[int], /) -> None:
-        """``tokens``: of all ranks, by rank, this process's own included. PeerLostError where one has not joined. The owner
-        makes its own before the first message, and by that ends what an earlier group has agreed on."""
+    def __init__(self, member: Member, tokens: Sequence[int], group: int, /) -> None:
+        """``tokens``: of all ranks, by rank, this process's own included. ``group``: what `begin` gave the owner. PeerLostError
+        where one has not joined."""
+
+    @classmethod
+    def begin(cls, member: Member, /) -> int:
+        """On the owner: the name of a new group, in which nothing has been agreed on. Earlier ones are given up by that, and
+        their ranks record nothing any more. Before any rank's `reset`. ValueError elsewhere, ArenaError in a forked child."""
 
     @classmethod
     def reset(cls, member: Member, /) -> None:

@@ -147,7 +147,12 @@ class Group:
         self._others = tuple(peer for peer in self.peers if peer != self._token)
         self._channel: Channel = self._rendezvous
         try:
-            self._roster = Roster(None if self._memory is None else self._memory.member, self.peers, self.entry)
+            memory = self._memory
+            self._roster = (
+                Roster(None, (), self.entry)
+                if memory is None
+                else Roster(memory.member, memory.peers, self.entry, memory.name)
+            )
             self.meter = _native.Meter(self._roster.member)
             """Where this group counts, together with its other ranks if memory is shared; see `shmcast.metrics`."""
             if self._memory is not None and self.size > 1 and terms.channel == "auto":

@@ -42,7 +42,7 @@ class Terms(NamedTuple):
 
 _PROBE_BYTES = 64
 _ANSWER = Struct(f"<BQQ16s{_PROBE_BYTES}s")
-_KEYS = {"probe", "secret", "nonce", "owned", "ring", "fallback", "channel", "consensus"}
+_KEYS = {"probe", "secret", "nonce", "owned", "ring", "name", "fallback", "channel", "consensus"}
 _ERROR_KEYS = set(Terms._fields)
 
 _serving: "weakref.WeakSet[Arena]" = weakref.WeakSet()
@@ -63,6 +63,8 @@ class Memory:
     """Whether the arena ends with the group."""
     key: process.Key | None
     """Of the membership, where it ends with the group."""
+    name: int
+    """Of the group in the arena: see `Fellows.begin`."""
     ring_start: int
     """Where in the arena's ring this group's messages begin."""
 
@@ -141,7 +143,7 @@ def _meet(
         opened.arena.release(probe)
     refusals, tokens = _judge(hello, answers, rendezvous.entry)
     if not refusals and opened.member is not None:
-        memory = Memory(opened.member, tuple(tokens), opened.arena, opened.owned, opened.key, hello["ring"])
+        memory = Memory(opened.member, tuple(tokens), opened.arena, opened.owned, opened.key, hello["name"], hello["ring"])
         return memory, terms, ""
     text = "; ".join(refusals)
     if terms.fallback == "object":
@@ -166,7 +168,7 @@ def _open(opened: _Opened, arena: Arena | None, max_bytes: int | str) -> tuple[H
     member = process.join((arena.namespace, arena.id, names.host_id()))
     ring = _native.Ring.position(member)
     hello = {"secret": secret.hex(), "nonce": arena.nonce.hex(), "owned": opened.owned, "ring": ring}
-    return probe, {"probe": probe.to_bytes().hex(), **hello}
+    return probe, {"probe": probe.to_bytes().hex(), "name": _native.Fellows.begin(member), **hello}
 
 
 def _answer(hello: dict[str, Any], opened: _Opened, at_entry: bool) -> bytes:

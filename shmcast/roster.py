@@ -29,15 +29,16 @@ _SLICE_S = 0.5
 class Roster:
     """The ranks of a group, as one of them sees them through shared memory."""
 
-    def __init__(self, member: _native.Member | None, peers: tuple[Peer, ...], entry: int) -> None:
-        """``member``: this process in the arena, None where no memory is shared. ``peers``: tokens by rank."""
+    def __init__(self, member: _native.Member | None, peers: tuple[Peer, ...], entry: int, name: int = 0) -> None:
+        """``member``: this process in the arena, None where no memory is shared. ``peers``: tokens by rank. ``name``: of the
+        group in the arena, see `Fellows.begin`."""
         self.step = 0
         """The last message that this rank has taken in."""
         self._peers = peers
         self._entry = entry
         self._own = _native.process_token()
         self._joined = member
-        self._fellows = None if member is None else _native.Fellows(member, peers)
+        self._fellows = None if member is None else _native.Fellows(member, peers, name)
         self._others = [rank for rank, token in enumerate(peers) if token != self._own]
 
     @property

@@ -25,11 +25,13 @@ class Party:
 
     def begin(self):
         """A group of all of them, from where the ring is now."""
-        self.tokens = [_native.process_token(), *(process.receive() for process in self.children)]
+        tokens = [process.receive() for process in self.children]
+        self.name = _native.Fellows.begin(self.raw.member)
+        self.tokens = [_native.process_token(), *tokens]
         self.start = _native.Ring.position(self.raw.member)
         self.ring = _native.Ring(self.raw.member, self.tokens, self.start)
-        self.fellows = _native.Fellows(self.raw.member, self.tokens)
-        self.tell((self.tokens, self.start))
+        self.fellows = _native.Fellows(self.raw.member, self.tokens, self.name)
+        self.tell((self.tokens, self.start, self.name))
         assert self.answers() == ["ready"] * len(self.children)
         there = self.raw.member.tokens()
         self.indices = [there[token] for token in self.tokens]
@@ -61,8 +63,8 @@ def meet(parent, member):
     """A child's ends of the ring and of the agreement."""
     _native.Fellows.reset(member)
     parent.send(_native.process_token())
-    tokens, start = parent.receive()
-    ends = _native.Ring(member, tokens, start), _native.Fellows(member, tokens)
+    tokens, start, name = parent.receive()
+    ends = _native.Ring(member, tokens, start), _native.Fellows(member, tokens, name)
     parent.send("ready")
     return ends
 

@@ -60,9 +60,9 @@ def test_words_are_what_was_recorded(raw, child):
     with pytest.raises(OverflowError):
         party.fellows.agree(1 << 60, 0)
     with pytest.raises(PeerLostError, match="not in the arena"):
-        _native.Fellows(raw.member, party.tokens)
+        _native.Fellows(raw.member, party.tokens, party.name)
     with pytest.raises(PeerLostError, match="not in the arena"):
-        _native.Fellows(raw.member, party.tokens[1:2])  # we are not in it
+        _native.Fellows(raw.member, party.tokens[1:2], party.name)  # we are not in it
 
 
 # ---- who is late, ends, leaves or dies
@@ -221,6 +221,46 @@ def test_a_new_group_starts_over(raw, child, control):
     assert party.fellows.agree(1, 0) is None
     party.fellows.record(2)
     assert party.ask("agree", 1, LONG_NS) == [(0, 0)] * 2
+
+
+def test_a_fellow_of_an_earlier_group_neither_decides_nor_believes_for_a_later_one(raw, child):
+    party = Party(raw, child, 3)
+    straggler, one, late = party.children
+    assert party.ask("record", 2, 0) == [None] * 3  # the owner never does: the group breaks, and the next one begins
+    assert party.fellows.give_up(1)
+    party.children = [one, late]
+    party.tell(("meet",))
+    party.begin()
+    party.fellows.record(2)
+    one.send(("record", 2, 0))
+    one.receive()
+    # `late` has not come, and may not be able to take it in
+    for verb, answer in ((("agree", 1, 0), None), (("give_up", 1), True), (("given_up",), True), (("agree", 1, 0), None)):
+        straggler.send(verb)
+        assert straggler.receive() == answer
+    assert party.fellows.agree(1, 0) is None
+    assert not party.fellows.given_up()
+    late.send(("record", 2, 4))
+    late.receive()
+    assert agree(party.fellows, 1) == (4, 0b100)
+    for verb, answer in ((("agree", 1, 0), None), (("give_up", 1), True)):
+        straggler.send(verb)
+        assert straggler.receive() == answer
+
+
+def test_the_end_of_an_earlier_group_does_not_end_a_later_one(raw, child):
+    party = Party(raw, child, 1)
+    earlier = party.fellows
+    earlier.record(2)
+    assert party.ask("record", 2, 0) == [None]
+    _native.Fellows.reset(raw.member)
+    party.tell(("meet",))
+    party.begin()
+    earlier.record(ENDED | 2)
+    assert party.fellows.words() == [(0, 0), (0, 0)]
+    party.fellows.record(2)
+    assert party.ask("record", 2, 1) == [None]
+    assert agree(party.fellows, 1) == (1, 0b10)
 
 
 def test_a_question_for_what_is_over_is_refused(raw, child):

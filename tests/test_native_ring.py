@@ -270,7 +270,7 @@ def test_the_writer_waits_for_a_reader_that_has_not_begun(raw, child, control):
     control.put(party.ring_read, 5)  # as if it had been in another group long ago
     ring = _native.Ring(raw.member, tokens, 3 * ENTRIES)
     assert ring.send(b"second group", 0, 0) is None
-    reader.send((tokens, 3 * ENTRIES))
+    reader.send((tokens, 3 * ENTRIES, party.name))
     assert ring.send(b"second group", 0, LONG_NS) == 12
     assert reader.receive() == "ready"
     reader.send(("receive", 1))
@@ -313,7 +313,7 @@ def test_a_forked_child_is_nobody(raw, child):
                 lambda: party.fellows.agree(1, 0),
                 lambda: party.fellows.give_up(1),
                 lambda: _native.Ring(raw.member, party.tokens, 0),
-                lambda: _native.Fellows(raw.member, party.tokens),
+                lambda: _native.Fellows(raw.member, party.tokens, party.name),
                 lambda: _native.Fellows.reset(raw.member),
             ):
                 with pytest.raises(ArenaError, match="forked"):
