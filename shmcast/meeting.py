@@ -143,7 +143,9 @@ def _meet(
         opened.arena.release(probe)
     refusals, tokens = _judge(hello, answers, rendezvous.entry)
     if not refusals and opened.member is not None:
-        memory = Memory(opened.member, tuple(tokens), opened.arena, opened.owned, opened.key, hello["name"], hello["ring"])
+        memory = Memory(
+            opened.member, tuple(tokens), opened.arena, opened.owned, opened.key, hello["name"], hello["ring"]
+        )
         return memory, terms, ""
     text = "; ".join(refusals)
     if terms.fallback == "object":

@@ -235,7 +235,12 @@ def test_a_fellow_of_an_earlier_group_neither_decides_nor_believes_for_a_later_o
     one.send(("record", 2, 0))
     one.receive()
     # `late` has not come, and may not be able to take it in
-    for verb, answer in ((("agree", 1, 0), None), (("give_up", 1), True), (("given_up",), True), (("agree", 1, 0), None)):
+    for verb, answer in (
+        (("agree", 1, 0), None),
+        (("give_up", 1), True),
+        (("given_up",), True),
+        (("agree", 1, 0), None),
+    ):
         straggler.send(verb)
         assert straggler.receive() == answer
     assert party.fellows.agree(1, 0) is None
