@@ -142,7 +142,9 @@ def test_what_was_agreed_on_stays_when_the_finder_is_gone_and_replaced(raw, chil
     assert finder.receive() == (3, 0b111)
     finder.kill()
     newcomer = child(joins, raw.namespace, raw.id)
-    assert newcomer.receive() == party.indices[1]
+    index, token = newcomer.receive()
+    assert index == party.indices[1]
+    assert raw.member.steps()[token] == (0, 0)  # nothing of what was there
     assert not party.fellows.has(1, 1)
     slow.send(("agree", 1, LONG_NS))
     assert slow.receive() == (3, 0b111)
@@ -152,7 +154,7 @@ def test_what_was_agreed_on_stays_when_the_finder_is_gone_and_replaced(raw, chil
 
 def joins(parent, namespace, arena):
     member = joined(namespace, arena)
-    parent.send(member.index)
+    parent.send((member.index, _native.process_token()))
     parent.receive()
 
 

@@ -22,11 +22,15 @@ static inline void jitter(void)
 #undef shmc_seq_add
 #undef shmc_seq_and
 #undef shmc_seq_or
+#undef shmc_acquire_load
+#undef shmc_release_store
 #define shmc_seq_load(p) (jitter(), atomic_load_explicit((p), memory_order_seq_cst))
 #define shmc_seq_store(p, v) (jitter(), atomic_store_explicit((p), (v), memory_order_seq_cst))
 #define shmc_seq_exchange(p, v) (jitter(), atomic_exchange_explicit((p), (v), memory_order_seq_cst))
 #define shmc_seq_add(p, v) (jitter(), atomic_fetch_add_explicit((p), (v), memory_order_seq_cst))
 #define shmc_seq_and(p, v) (jitter(), atomic_fetch_and_explicit((p), (v), memory_order_seq_cst))
 #define shmc_seq_or(p, v) (jitter(), atomic_fetch_or_explicit((p), (v), memory_order_seq_cst))
+#define shmc_acquire_load(p) (jitter(), atomic_load_explicit((p), memory_order_acquire))
+#define shmc_release_store(p, v) (jitter(), atomic_store_explicit((p), (v), memory_order_release))
 
 #endif
