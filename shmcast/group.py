@@ -421,12 +421,15 @@ class Group:
             )
         self._rides += received.rides
         values, causes = self._rebuild(received, local)
-        failures = sum({1 << min(number, LAST_BIT) for number in causes})
+        interrupt = next((cause for cause in causes.values() if not isinstance(cause, Exception)), None)
+        failures = _ALL if interrupt is not None else sum({1 << min(number, LAST_BIT) for number in causes})
         self._take_in(failures)
         ranks = [self.rank] if failures else []
         try:
             if self.consensus and self.size > 1 and values:
                 failures, ranks = self._agree(failures)
+            if interrupt is not None:
+                raise interrupt  # only now: the others agree with us on this message, so we may not be at the next one
         except BaseException:
             values.clear()  # a traceback that somebody keeps must not keep leases
             raise
@@ -441,21 +444,18 @@ class Group:
                     values[number] = Received(None, self._failure(number, ranks, causes.get(number)))
         return received.head, values
 
-    def _rebuild(self, received: message.Message, local: bool) -> "tuple[list[Received], dict[int, Exception]]":
+    def _rebuild(self, received: message.Message, local: bool) -> "tuple[list[Received], dict[int, BaseException]]":
         """What the parts are, and why some can not be had here, by number."""
         began_ns = time.monotonic_ns()
-        values, causes = [], {}
+        values: list[Received] = []
+        causes: dict[int, BaseException] = {}
         for number, part in enumerate(received.parts):
             value = None
             try:
                 if not local or self.rank != self.entry:
                     value = pickle.loads(part) if self.mode == "object" else codec.loads(part)
-            except Exception as error:
+            except BaseException as error:
                 causes[number] = error
-            except BaseException:
-                self._take_in(_ALL)
-                self._release_packed(received.rides)
-                raise
             values.append(Received(value, None))
         took_ns = time.monotonic_ns() - began_ns
         self._counts["attach_ns"] += took_ns
@@ -482,7 +482,7 @@ class Group:
             self._break(GroupError(f"interrupted by {type(error).__name__}"), before=True)
             raise
 
-    def _failure(self, number: int, ranks: list[int], cause: Exception | None) -> GroupError:
+    def _failure(self, number: int, ranks: list[int], cause: BaseException | None) -> GroupError:
         """The error in place of a part: the same text on every rank, and here also why, if it was here."""
         reason = "" if cause is None or self.consensus else f": {type(cause).__name__}: {cause}"
         error = GroupError(

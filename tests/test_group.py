@@ -278,6 +278,50 @@ def test_a_bad_tree_leaves_the_group_usable(ranks: Ranks, mode: str) -> None:
     assert entry == others[0][1:] == ["step 2: rank 2 can not rebuild tree 0 of the message"]
 
 
+class InterruptsSomewhere:
+    def __reduce__(self) -> Any:
+        return interrupted, ()
+
+
+def interrupted() -> int:
+    if _fails_here:
+        raise KeyboardInterrupt
+    return 5
+
+
+def rebuild_is_interrupted(here: Rank, mode: str) -> list[str]:
+    global _fails_here
+    said = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        refuse = mode == "object" and here.rank == 2
+        with Patched(process, "join", _no_memory) if refuse else Patched():
+            group = shmcast.Group(here.group, max_bytes="64MiB", fallback="object", timeout=5)
+    with group:
+        for where in (0, 1, 2) * 10:
+            _fails_here = here.rank == where
+            tree = [noise(5000, 1), InterruptsSomewhere()] if here.rank == 0 else None
+            with pytest.raises(KeyboardInterrupt if _fails_here else GroupError) as caught:
+                group.broadcast(tree)
+            said.append("" if _fails_here else str(caught.value))
+            _fails_here = False
+        assert group.broadcast("go on" if here.rank == 0 else None) == "go on"
+        del caught
+        settle(here, group)
+        if here.rank == 0 and mode == "shared":
+            assert in_use(group._memory.arena) == 0
+        together(here)
+    return said
+
+
+@torch_only
+@pytest.mark.parametrize("mode", ["shared", "object"])
+def test_a_rank_that_is_interrupted_while_it_rebuilds_says_so_to_all(ranks: Ranks, mode: str) -> None:
+    for rank, said in enumerate(ranks.run(rebuild_is_interrupted, mode, ranks=(0, 1, 2))):
+        for step, where in enumerate((0, 1, 2) * 10, 1):
+            assert said[step - 1] == ("" if rank == where else f"step {step}: rank {where} can not rebuild tree 0 of the message")
+
+
 def attach_fails(here: Rank) -> bool:
     def stale(handle: Any, **_: Any) -> Any:
         raise shmcast.StaleHandleError("gone (says the test)")
