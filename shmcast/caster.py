@@ -377,7 +377,8 @@ class Caster:
         elif self._max_bytes is not None and self._reported_bytes >= self._max_bytes:
             problem = f"{format_bytes(self._reported_bytes)} are in flight, max_inflight_bytes is {format_bytes(self._max_bytes)}"
         if problem:
-            self._tally.add("backpressure_raised")
+            if self._intake is not None:  # all ranks refuse it alike, and it is one request
+                self._tally.add("backpressure_raised")
             raise BackpressureError(f"submit {rid!r}: {problem}")
 
     def _refusal(self, intake: Intake, raw_bytes: int) -> str:

@@ -35,6 +35,7 @@ class Request:
     __slots__ = (
         "deadline",
         "end",
+        "expired",
         "failure",
         "part",
         "raw",
@@ -57,6 +58,8 @@ class Request:
         self.part: Encoded | None = None
         self.deadline: float | None = None
         """When its worker is given up."""
+        self.expired = False
+        """Whether its end is that it ran out of time."""
         self.raw_bytes = self.result_bytes = 0
         """What it counts for in `Intake.inflight_bytes`."""
 
@@ -288,7 +291,7 @@ class Intake:
         request.result_bytes = 0 if part is None else sum([handle.nbytes for handle in part.handles]) + len(part.blob)
         self._result_bytes += request.result_bytes
         request.state = READY
-        request.end, request.part, request.failure = end, part, failure
+        request.end, request.part, request.failure, request.expired = end, part, failure, False
         self._ready[request.serial] = request
         self._signal()
         self._changed.notify_all()
@@ -306,7 +309,7 @@ class Intake:
             if request.state == RUNNING:
                 text = f"not materialized within {request.timeout} s; its worker was given up"
                 self._settle(request, lockstep.FAILED, failure=Failure("TimeoutError", text, ""))
-                self._tally.add("outcomes_timeout")
+                request.expired = True
 
     def _drop_raw(self, request: Request) -> None:
         self._raw_bytes -= request.raw_bytes
@@ -362,6 +365,8 @@ class Intake:
             for request in taken:
                 del self._ready[request.serial], self._requests[request.serial]
                 request.state = TAKEN
+                if request.expired:
+                    self._tally.add("outcomes_timeout")
                 self._result_bytes -= request.result_bytes
                 request.result_bytes = 0
             self._signal()

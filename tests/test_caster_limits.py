@@ -300,6 +300,18 @@ def test_metrics(group: shmcast.Group, maker: Maker) -> None:
     assert seen["sizes"]["batch_requests"]["sum"] == 5
 
 
+def test_what_ran_out_of_time_and_was_then_cancelled_counts_as_cancelled(group: shmcast.Group, maker: Maker) -> None:
+    with Caster(group, maker, workers=1) as caster:
+        caster.submit("hangs", maker.gate("hangs"), timeout=0.0)
+        assert maker.begun("hangs")
+        all_ready(caster)
+        caster.cancel("hangs")
+        assert [outcome.cancelled for outcome in caster.step(LONG_S)] == [True]
+        counters = shmcast.metrics.snapshot(caster)["counters"]
+        counted = {name: counters[f"outcomes_{name}"] for name in ("ok", "failed", "timeout", "cancelled")}
+        assert counted == {"ok": 0, "failed": 0, "timeout": 0, "cancelled": 1}
+
+
 def test_metrics_of_limits(group: shmcast.Group, maker: Maker) -> None:
     with Caster(group, maker, max_pending=1, on_full="block", block_timeout=0.0, workers=1) as caster:
         caster.submit("a", maker.gate("a"))

@@ -379,6 +379,9 @@ def limits(here: Rank, channel: str) -> list[Any]:
         if caster._intake is not None:
             assert caster._intake._pool.join(LONG_S)
         settle(here, group)
+        if here.rank == 0:  # though every rank has refused them
+            assert shmcast.metrics.snapshot(group)["counters"]["backpressure_raised"] == 2
+        together(here)
     return found
 
 
