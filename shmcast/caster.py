@@ -133,9 +133,9 @@ class Caster:
         self._max_pending = max_pending
         self._max_bytes = None if max_inflight_bytes is None else parse_bytes(max_inflight_bytes, "max_inflight_bytes")
         self._on_full = on_full
-        self._block_timeout = _seconds("block_timeout", block_timeout)
         self._timeout = None if timeout is None else _seconds("timeout", timeout)
         self._silence_s = min(_LONGEST_SILENCE_S, group.timeout / 3)
+        self._block_timeout = min(_seconds("block_timeout", block_timeout), self._silence_s)
         self.meter = group.meter
         """Where it counts; see `metrics`."""
         self._tally = Tally(group.meter)
@@ -173,7 +173,8 @@ class Caster:
 
         - "raise": BackpressureError, on all ranks alike. What counts of the bytes is what the last message said of them.
         - "shed": taken, and its outcome is a BackpressureError.
-        - "block": the entry rank waits, up to ``block_timeout`` seconds between two steps, for materializations to end (in
+        - "block": the entry rank waits, up to ``block_timeout`` seconds between two steps (at most 10 s, and a third of the
+          group's timeout, in which the others wait for it), for materializations to end (in
           ``max_pending`` only what is not materialized counts here); if that does not help, "shed".
 
         ValueError where a request with this id is pending, TypeError where the id can not be hashed: on all ranks alike, and

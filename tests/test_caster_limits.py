@@ -312,6 +312,17 @@ def test_what_ran_out_of_time_and_was_then_cancelled_counts_as_cancelled(group: 
         assert counted == {"ok": 0, "failed": 0, "timeout": 0, "cancelled": 1}
 
 
+def test_a_wait_for_room_is_shorter_than_others_wait_for_us(maker: Maker) -> None:
+    with shmcast.Group(max_bytes="16MiB", timeout=0.3) as group:
+        caster = Caster(group, maker, max_pending=1, on_full="block", block_timeout=1000.0, workers=1)
+        caster.submit("a", maker.gate("a"))
+        caster.submit("b", 1)  # not taken: waits for "a", which never ends
+        waited_ns = shmcast.metrics.snapshot(caster)["counters"]["backpressure_wait_ns"]
+        assert waited_ns < 1000e9
+        maker.open("a")
+        assert {outcome.rid: outcome.ok for outcome in caster.close()} == {"a": True, "b": False}
+
+
 def test_metrics_of_limits(group: shmcast.Group, maker: Maker) -> None:
     with Caster(group, maker, max_pending=1, on_full="block", block_timeout=0.0, workers=1) as caster:
         caster.submit("a", maker.gate("a"))
