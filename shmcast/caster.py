@@ -38,7 +38,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _native, lockstep
-from .errors import BackpressureError, GroupError, HandleError, MaterializeError
+from .errors import BackpressureError, GroupError, HandleError, MaterializeError, shown
 from .group import Group, Received
 from .intake import Intake, size_of
 from .lockstep import Head, Record
@@ -409,9 +409,10 @@ class Caster:
 
     def _enter(self, rid: Hashable) -> int:
         """Into the books, which are the same on every rank. Returns the serial number."""
+        chained = lockstep.chain(self._names, rid)  # may raise, for what the id is made of; then nothing has happened
         serial = self._submitted
         self._submitted += 1
-        self._names = lockstep.chain(self._names, rid)
+        self._names = chained
         if self._intake is None:
             self._marks.append((self._submitted, self._names))
         else:
@@ -519,7 +520,7 @@ class Caster:
         if failure is None:
             return Outcome(rid)
         if end == lockstep.REFUSED:
-            return Outcome(rid, error=BackpressureError(f"request {rid!r} was shed: {failure.text}"))
+            return Outcome(rid, error=BackpressureError(f"request {shown(rid)} was shed: {failure.text}"))
         return Outcome(rid, error=MaterializeError.of(rid, *failure))
 
     # ---- the end

@@ -86,10 +86,18 @@ class MaterializeError(ShmcastError, RuntimeError):
     @staticmethod
     def of(rid: object, kind: str, text: str, traceback: str) -> "MaterializeError":
         """With all that is known."""
-        error = MaterializeError(f"materialize request {rid!r}: {kind}: {text}")
+        error = MaterializeError(f"materialize request {shown(rid)}: {kind}: {text}")
         error.rid, error.kind, error.text, error.traceback = rid, kind, text, traceback
         return error
 
 
 class BackpressureError(ShmcastError, RuntimeError):
     """A caster has as many requests, or as many bytes in flight, as it may have: this one was not taken."""
+
+
+def shown(thing: object) -> str:
+    """``repr`` of somebody else's object, for messages that have to be made whatever it does."""
+    try:
+        return repr(thing)
+    except Exception as error:
+        return f"<{type(thing).__name__}, whose repr raises {type(error).__name__}>"

@@ -92,6 +92,25 @@ def test_cast_refuses_ids_that_are_pending_or_twice(group: shmcast.Group, maker:
 # ---- one by one
 
 
+class Unshown:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr (says the test)")
+
+
+def test_ids_that_can_not_be_shown_cost_no_outcome(group: shmcast.Group, maker: Maker) -> None:
+    with Caster(group, maker) as caster:
+        unshown = Unshown()
+        for rid, raw in ((unshown, "bad"), ("b", 10)):
+            caster.submit(rid, raw)
+        all_ready(caster, 2)
+        outcomes = caster.step()
+        assert {outcome.rid: outcome.ok for outcome in outcomes} == {unshown: False, "b": True}
+        before = caster._submitted
+        with pytest.raises(ValueError, match="digits"):
+            caster.submit(10**5000, 1)
+        assert caster._submitted == before
+
+
 def test_submit_and_step(group: shmcast.Group, maker: Maker) -> None:
     with Caster(group, maker, workers=2) as caster:
         assert caster.step() == []
