@@ -95,19 +95,25 @@ class InPlace:
         if not self._blocks and self._arena is None:
             return None
         found = _bytes_of(thing)
-        if found is None:
-            return None
-        address, kind, dtype, shape, nbytes = found
-        for number, block in enumerate(self._blocks):
-            offset = address - block.start
-            if 0 <= offset <= block.nbytes - nbytes:
-                return Spot(number, offset, kind, dtype, shape, nbytes)
-        if kind == "numpy" and type(arrays.origin(thing)) is _native.Reservation:
-            raise ValueError(
-                f"encode an array of {nbytes} bytes: it lies in a block that was not reserved for this tree, so its bytes may be "
-                "those of another one by now; return a copy instead, or a view of a lease"
-            )
+        if found is not None:
+            address, kind, dtype, shape, nbytes = found
+            for number, block in enumerate(self._blocks):
+                offset = address - block.start
+                if 0 <= offset <= block.nbytes - nbytes:
+                    return Spot(number, offset, kind, dtype, shape, nbytes)
+        self._check_origin(thing)
         return None
+
+    def _check_origin(self, thing: Any) -> None:
+        """ValueError where it lies in a block of an earlier tree, in one piece or not."""
+        if not isinstance(thing, arrays.NDARRAY) or type(arrays.origin(thing)) is not _native.Reservation:
+            return
+        address = arrays.address(thing)  # of its first element, wherever the others are
+        if thing.nbytes and not any(0 <= address - block.start < block.nbytes for block in self._blocks):
+            raise ValueError(
+                f"encode an array of {thing.nbytes} bytes: it lies in a block that was not reserved for this tree, so its bytes "
+                "may be those of another one by now; return a copy instead, or a view of a lease"
+            )
 
     def worth_sealing(self, spots: Sequence[Spot]) -> set[int]:
         """Numbers of the blocks of which these take half at least. Of others the parts are better copied, so that what

@@ -243,7 +243,7 @@ def test_an_array_of_an_earlier_tree_is_refused(arena: shmcast.Arena, place: InP
     encoded = encode(kept, place, arena)
     place.end()
     later = new_place(arena)
-    for stale in (kept, kept[10:], kept.reshape(-1)):
+    for stale in (kept, kept[10:], kept.reshape(-1), kept.T, kept[::-2]):
         with pytest.raises(ValueError, match="was not reserved for this tree"):
             encode({"again": stale}, later, arena)
     later.end()
