@@ -319,7 +319,9 @@ def rebuild_is_interrupted(here: Rank, mode: str) -> list[str]:
 def test_a_rank_that_is_interrupted_while_it_rebuilds_says_so_to_all(ranks: Ranks, mode: str) -> None:
     for rank, said in enumerate(ranks.run(rebuild_is_interrupted, mode, ranks=(0, 1, 2))):
         for step, where in enumerate((0, 1, 2) * 10, 1):
-            assert said[step - 1] == ("" if rank == where else f"step {step}: rank {where} can not rebuild tree 0 of the message")
+            assert said[step - 1] == (
+                "" if rank == where else f"step {step}: rank {where} can not rebuild tree 0 of the message"
+            )
 
 
 def attach_fails(here: Rank) -> bool:
