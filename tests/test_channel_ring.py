@@ -1,7 +1,9 @@
 """`RingChannel`: what is its own; what every channel promises is in test_channels.py. Needs no torch."""
 
+import os
 import random
 import signal
+import threading
 
 import pytest
 
@@ -125,6 +127,18 @@ def test_the_start_of_a_message_can_be_polled(start):
         party.channel.broadcast(bytes(MIB), timeout=0.0)
     other.send(("poll",))
     assert other.receive() is True
+
+
+def test_a_message_that_was_interrupted_midway_ends_the_channel(start):
+    party = start(1)
+    channel = party.channel
+
+    # nobody reads: it waits
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        channel.broadcast(bytes(MIB))
+    with pytest.raises(GroupError, match="was given up"):
+        channel.broadcast(b"next", timeout=1.0)
 
 
 def test_a_message_that_was_given_up_midway_ends_the_channel(start):

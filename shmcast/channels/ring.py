@@ -62,9 +62,10 @@ class RingChannel(Channel):
                 _look_around(watch)
                 if left <= 0:
                     raise GroupTimeoutError(f"broadcast: a rank did not read what was sent before within {seconds} s")
-        except BaseException:
-            if done:
-                self._given_up = f"a message of {len(payload)} bytes was given up after {done}"
+        except BaseException as error:
+            # what is interrupted does not tell how much of it was in the ring by then
+            if done or not isinstance(error, Exception):
+                self._given_up = f"a message of {len(payload)} bytes was given up after {done} or more"
             raise
 
     def _receive(self, ring: _native.Ring, seconds: float, watch: Watch | None) -> bytes:
