@@ -73,7 +73,7 @@ typedef struct shmc_histogram shmc_words_TIMES, shmc_words_SIZES;
     X(peak_pending, PEAK, "most requests that were ever pending at once [entry]")                                     \
     /* materialization */                                                                                             \
     X(materialize_ns, TIMES, "ns of one materialization, failed ones included [entry]")                               \
-    X(materialized_bytes, COUNTER, "bytes of arrays that materialization gave [entry]")                               \
+    X(materialized_bytes, COUNTER, "bytes of arrays that materialization gave, small ones left out [entry]")          \
     X(abandoned_workers, COUNTER, "worker threads given up because a materialization ran out of time [entry]")        \
     X(inflight_bytes, GAUGE, "bytes of raw requests queued and of results not delivered [entry]")                     \
     X(peak_inflight_bytes, PEAK, "most bytes that were ever in flight at once [entry]")                               \

@@ -341,7 +341,9 @@ class Caster:
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))
             except GroupError as error:
-                outcomes += [Outcome(rid, error=error) for rid in self._pending]
+                lost = [Outcome(rid, error=error) for rid in self._pending]
+                self._tally_outcomes(lost)
+                outcomes += lost
             finally:
                 self._end()
             return outcomes
@@ -463,9 +465,11 @@ class Caster:
         try:
             head = lockstep.write(Head(call, submitted, names, intake.inflight_bytes, records))
             return self._group.pack(head, parts, rides=rides)
-        except BaseException:
+        except BaseException as error:
             for part in parts:
                 part.withdraw()
+            # Their outcomes are lost with it, and the others wait for it.
+            self._group.give_up(GroupError(f"step {self._group.step + 1}: no message could be made: {error!r}"))
             raise
 
     def _deliver(self, call: int, head: bytes, received: list[Received], exact: bool) -> list[Outcome]:
@@ -540,6 +544,7 @@ class Caster:
             self._closed = True
             self._pending.clear()
             self._rids.clear()
+            self._tally_pending()
         if self._intake is not None:
             self._intake.close()
 

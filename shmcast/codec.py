@@ -61,6 +61,16 @@ class Encoded:
         self.passed_on = 0
         """Arrays that lay in shared memory already."""
 
+    @property
+    def published_bytes(self) -> int:
+        """Bytes that this call has taken of the arena."""
+        return sum([handle.nbytes for handle in self.handles])
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of arrays that are large enough for the arena and were not there before."""
+        return self.published_bytes + self.inline_bytes
+
     def withdraw(self) -> None:
         """Take back what this call has published. For a blob that was never sent to anybody."""
         if self._arena is not None and not self._arena.closed:

@@ -196,7 +196,7 @@ class Intake:
             self._drop_raw(request)
             if request.state == RUNNING:
                 self._settle(request, end, part, failure)
-                self._tally.add("materialized_bytes", request.result_bytes)
+                self._tally.add("materialized_bytes", 0 if part is None else part.array_bytes)
                 part = None
             self._level()
         if part is not None:
@@ -288,7 +288,7 @@ class Intake:
         if request.state in (QUEUED, RUNNING):
             self._unfinished -= 1
         self._result_bytes -= request.result_bytes
-        request.result_bytes = 0 if part is None else sum([handle.nbytes for handle in part.handles]) + len(part.blob)
+        request.result_bytes = 0 if part is None else part.published_bytes + len(part.blob)
         self._result_bytes += request.result_bytes
         request.state = READY
         request.end, request.part, request.failure, request.expired = end, part, failure, False
@@ -413,6 +413,7 @@ class Intake:
             event, self._event = self._event, None
             if event is not None:
                 os.close(event)
+            self._level()
             self._changed.notify_all()
         if self._pool is not None:
             self._pool.close()

@@ -12,7 +12,7 @@ import pytest
 import shmcast
 from makers import LONG_S, MIB, Maker, all_ready, free, outcomes_of
 from ranks import in_use
-from shmcast import BackpressureError, Caster, GroupError, MaterializeError, caster
+from shmcast import BackpressureError, Caster, GroupError, MaterializeError, caster, metrics
 
 
 @pytest.fixture
@@ -514,3 +514,25 @@ def test_one_call_at_a_time(group: shmcast.Group, maker: Maker) -> None:
         maker.open("b")
         thread.join(LONG_S)
         assert outcomes_of(free(caster)) == {"a": "a"}
+
+
+def test_metrics_come_to_an_end_with_the_caster(group: shmcast.Group, maker: Maker) -> None:
+    before = metrics.snapshot(group)
+    caster = Caster(group, maker, workers=1)
+    caster.submit("held", maker.gate("held", 3 * MIB))
+    assert maker.begun("held")
+    caster.submit("a", 2 * MIB)
+    maker.open("held")
+    all_ready(caster, 2)
+    group.close()
+    outcomes = caster.close()
+    assert sorted(outcome.rid for outcome in outcomes) == ["a", "held"]
+    assert all(isinstance(outcome.error, shmcast.GroupError) for outcome in outcomes)
+    after = metrics.snapshot(group)
+
+    def more(name: str) -> int:
+        return int(after["counters"][name] - before["counters"][name])
+
+    assert (more("requests"), more("outcomes_failed")) == (2, 2)
+    assert more("materialized_bytes") == 5 * MIB
+    assert (after["gauges"]["pending"], after["gauges"]["inflight_bytes"]) == (0, 0)

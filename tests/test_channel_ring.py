@@ -247,7 +247,7 @@ def test_an_entry_rank_that_is_killed_midway_is_noticed_by_watch(child, namespac
     others = [child(bereaved, namespace, arena, token) for _ in range(2)]
     tokens = [token, *(process.receive() for process in others)]
     for process in others:
-        process.send((tokens, 0))
+        process.send((tokens, 0, 0))
         assert process.receive() == "ready"
     entry.send(tokens)
     assert [process.receive() for process in others] == [b"whole"] * 2
