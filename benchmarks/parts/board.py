@@ -12,7 +12,7 @@ import platform
 import time
 from multiprocessing.context import BaseContext
 
-PING, PONG, QUIET, DONE, READY = range(5)
+PING, PONG, GO, DONE, READY = range(5)
 """Words. From READY on one a rank."""
 _MAX_RANKS = 16
 _APART = 16  # words: a cache line
@@ -83,6 +83,15 @@ class Board:
             if seen >= value:
                 break
             self._sleep(DONE, seen, _MOMENT, deadline)
+
+    def meet(self, rank: int, tp: int, value: int) -> None:
+        """Come so far together."""
+        if rank == 0:
+            self.gather(tp, value)
+            self.tell(GO, value)
+        else:
+            self.arrive(rank, tp, value)
+            self.wait(GO, value)
 
     def _sleep(self, word: int, seen: int, at_most: object, deadline: float) -> None:
         failed = self._futex(self._number, self._at[word], _WAIT, ctypes.c_uint32(seen), at_most, None, 0) != 0

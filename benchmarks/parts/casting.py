@@ -89,6 +89,9 @@ class _Turns:
         result = action()
         ended = time.monotonic()
         cpu = time.thread_time() - began_cpu
+        # Who is back early must not take a core from those that are not: what is next is to look at every byte.
+        self.number += 1
+        self.board.meet(self.rank, self.tp, self.number)
         if keep:
             outcomes = len(result) if method == "step" else 0
             self.samples.setdefault(method, []).append((began, ended, cpu, outcomes))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import shmcast
-from parts.board import PING, PONG, QUIET, Board
+from parts.board import PING, PONG, Board
 from parts.figures import median_us, p99_us
 from parts.ranks import run_ranks
 
@@ -65,7 +65,7 @@ class _Rank:
     def __init__(self, rank: int, tp: int, board: Board, group: shmcast.Group) -> None:
         self.rank, self.tp, self.board = rank, tp, board
         self.ways = sending(rank, group)
-        self.number = self.trips = self.rests = 0  # so far
+        self.number = self.trips = 0  # so far
         self.wrong = 0
 
     def round_trips(self, count: int, pace_s: float) -> list[float]:
@@ -87,13 +87,10 @@ class _Rank:
 
     def nothing(self, count: int, pace_s: float) -> list[float]:
         """What sending costs without sending."""
-        self.rests += 1
-        if self.rank != 0:
-            self.board.wait(QUIET, self.rests)
-            return []
-        for _ in range(count):
+        for _ in range(count if self.rank == 0 else 0):
             time.sleep(pace_s)
-        self.board.tell(QUIET, self.rests)
+        self.number += 1
+        self.board.meet(self.rank, self.tp, self.number)
         return []
 
     def messages(self, method: str, count: int, pace_s: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -51,6 +52,9 @@ def _serve(
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=tp)
+    # All that torch consists of is looked at by a full collection, for some 300 ms, whenever it happens to come.
+    gc.collect()
+    gc.freeze()
     result = function(rank, tp, board, *arguments)
     dist.destroy_process_group()
     pipe.send(result)
