@@ -1,6 +1,7 @@
 #include "agree.h"
 
 #include "clock.h"
+#include "steps.h"
 
 static struct shmc_peer_record *record_of(const struct shmc_fellows *fellows, uint32_t rank)
 {
@@ -40,8 +41,11 @@ enum shmc_status shmc_fellows_reset(struct shmc_member *member)
         return SHMC_INHERITED;
     }
     struct shmc_peer_record *record = &member->control.peers[member->index];
+    SHMC_STEP(RESET_FAILED);
     shmc_release_store(&record->failed_step, 0);
+    SHMC_STEP(RESET_MASK);
     shmc_release_store(&record->mask, 0);
+    SHMC_STEP(RESET_WORD);
     shmc_seq_store(&record->step, 0);
     return SHMC_OK;
 }
@@ -49,7 +53,9 @@ enum shmc_status shmc_fellows_reset(struct shmc_member *member)
 uint64_t shmc_fellows_begin(struct shmc_member *owner)
 {
     shmc_atomic_u64 *verdict = &owner->control.header->verdict;
+    SHMC_STEP(BEGIN_SEE);
     uint64_t group = (shmc_seq_load(verdict) + SHMC_VERDICT_GROUP) & SHMC_VERDICT_GROUPS;
+    SHMC_STEP(BEGIN_VERDICT);
     shmc_seq_store(verdict, group); /* pairs with the loads in shmc_ballot_look */
     return group;
 }
@@ -64,6 +70,7 @@ static bool is_of(const struct shmc_fellows *fellows, uint64_t verdict)
 static bool is_joined(const struct shmc_peer_record *record, uint32_t incarnation)
 {
     /* pairs with the stores in shmc_peer_take_over and shmc_peer_leave: not ready, then the last words are there */
+    SHMC_STEP(JOINED_SEE);
     return shmc_acquire_load(&record->ready) == incarnation && shmc_seq_load(&record->incarnation) == incarnation;
 }
 
@@ -71,7 +78,9 @@ static bool is_joined(const struct shmc_peer_record *record, uint32_t incarnatio
  * resets the words; who leaves raises it, too, and leaves them. */
 static bool were_its_own(const struct shmc_peer_record *record, uint32_t incarnation)
 {
+    SHMC_STEP(OWN_SEE);
     uint32_t now = shmc_seq_load(&record->incarnation); /* pairs with the addition in raise_incarnation */
+    SHMC_STEP(OWN_READY_SEE);
     return now == incarnation || (now == incarnation + 1 && shmc_acquire_load(&record->ready) == 0);
 }
 
@@ -83,7 +92,9 @@ bool shmc_fellows_joined(const struct shmc_fellows *fellows, uint32_t rank)
 void shmc_fellows_words(const struct shmc_fellows *fellows, uint32_t rank, uint64_t *word, uint64_t *failed_step)
 {
     const struct shmc_peer_record *record = record_of(fellows, rank);
+    SHMC_STEP(WORDS_STEP_SEE);
     *word = shmc_seq_load(&record->step); /* pairs with the stores in shmc_fellows_record */
+    SHMC_STEP(WORDS_FAILED_SEE);
     *failed_step = shmc_acquire_load(&record->failed_step);
     if (!shmc_fellows_joined(fellows, rank)) {
         *word = SHMC_WORD_ABSENT;
@@ -98,6 +109,7 @@ static bool was_the_last(const struct shmc_fellows *fellows, uint64_t word)
 {
     for (uint32_t rank = 0; rank < fellows->count; rank++) {
         /* pairs with the store in record_taken: of two ranks that record at once, one sees the other's */
+        SHMC_STEP(LAST_SEE);
         if ((shmc_seq_load(&record_of(fellows, rank)->step) & ~SHMC_WORD_ENDED) < word) {
             return false;
         }
@@ -108,13 +120,17 @@ static bool was_the_last(const struct shmc_fellows *fellows, uint64_t word)
 static void record_taken(struct shmc_fellows *fellows, struct shmc_peer_record *record, uint64_t word, uint64_t mask)
 {
     if (mask != 0) {
+        SHMC_STEP(RECORD_FAILED);
         shmc_release_store(&record->failed_step, word);
     }
+    SHMC_STEP(RECORD_MASK);
     shmc_release_store(&record->mask, mask); /* pairs with the load in look_at, as does the next */
     fellows->taken = word;
+    SHMC_STEP(RECORD_WORD);
     shmc_seq_store(&record->step, word);
     struct shmc_bell *agreed = &fellows->member->control.header->agreed;
     /* sleepers first: it is cheaper than everybody's words; pairs with the bit set in shmc_bell_wait */
+    SHMC_STEP(RECORD_SLEEPERS_SEE);
     if (shmc_seq_load(&agreed->sleepers) != 0 && was_the_last(fellows, word)) {
         shmc_bell_ring(agreed);
     }
@@ -125,8 +141,10 @@ static void record_end(struct shmc_fellows *fellows, struct shmc_peer_record *re
     uint64_t reached = word & ~SHMC_WORD_ENDED;
     word = SHMC_WORD_ENDED | (reached < fellows->taken ? reached : fellows->taken);
     if (mask != 0) {
+        SHMC_STEP(END_FAILED);
         shmc_release_store(&record->failed_step, word); /* the mask itself stays that of the last message */
     }
+    SHMC_STEP(END_WORD);
     shmc_seq_store(&record->step, word); /* pairs with the load in look_at */
     /* whoever waits for us in whatever way looks again now, and not when its time is up */
     struct shmc_header *header = fellows->member->control.header;
@@ -140,6 +158,7 @@ enum shmc_status shmc_fellows_record(struct shmc_fellows *fellows, uint64_t word
     if (shmc_member_inherited(fellows->member)) {
         return SHMC_INHERITED;
     }
+    SHMC_STEP(RECORD_VERDICT_SEE);
     if (!is_of(fellows, shmc_seq_load(&fellows->member->control.header->verdict))) {
         return SHMC_OK; /* an end of an earlier group, which nobody waits for; the word is the new one's */
     }
@@ -149,6 +168,7 @@ enum shmc_status shmc_fellows_record(struct shmc_fellows *fellows, uint64_t word
     } else if ((word & 1) == 0) {
         record_taken(fellows, record, word, mask);
     } else {
+        SHMC_STEP(WAITING_WORD);
         shmc_release_store(&record->step, word); /* pairs with the load in shmc_fellows_words; nobody sleeps for it */
     }
     return SHMC_OK;
@@ -166,8 +186,10 @@ static enum shmc_agreement look_at(const struct shmc_fellows *fellows, uint32_t 
 {
     const struct shmc_peer_record *record = record_of(fellows, rank);
     uint32_t incarnation = fellows->ranks[rank].incarnation;
-    bool joined = is_joined(record, incarnation);  /* before the word: of who has left this is the last one */
+    bool joined = is_joined(record, incarnation); /* before the word: of who has left this is the last one */
+    SHMC_STEP(LOOK_WORD);
     uint64_t found = shmc_seq_load(&record->step); /* pairs with the stores in record_taken and record_end */
+    SHMC_STEP(LOOK_MASK);
     *mask = shmc_acquire_load(&record->mask);
     if (!were_its_own(record, incarnation)) {
         return SHMC_AGREE_ENDED;
@@ -221,7 +243,9 @@ static enum shmc_agreement read_verdict(struct shmc_ballot *ballot, uint64_t ver
         return SHMC_AGREE_LATER;
     }
     const struct shmc_peer_record *finder = &control->peers[SHMC_VERDICT_PEER(verdict)]; /* there is room for 32 */
+    SHMC_STEP(VERDICT_PARTS_SEE);
     ballot->parts = shmc_acquire_load(&finder->decided_parts); /* pair with the stores in decide */
+    SHMC_STEP(VERDICT_RANKS_SEE);
     ballot->ranks = shmc_acquire_load(&finder->decided_ranks);
     return SHMC_AGREE_REACHED;
 }
@@ -232,9 +256,12 @@ static bool decide(struct shmc_ballot *ballot, uint64_t before)
     struct shmc_control *control = &ballot->fellows->member->control;
     unsigned p = ballot->fellows->member->index;
     /* pair with the loads in read_verdict */
+    SHMC_STEP(DECIDE_PARTS);
     shmc_release_store(&control->peers[p].decided_parts, ballot->parts);
+    SHMC_STEP(DECIDE_RANKS);
     shmc_release_store(&control->peers[p].decided_ranks, ballot->ranks);
     /* pairs with the loads in shmc_ballot_look and shmc_fellows_give_up */
+    SHMC_STEP(DECIDE_VERDICT);
     if (!shmc_seq_cas(&control->header->verdict, &before, SHMC_VERDICT(before, ballot->word, p))) {
         return false;
     }
@@ -246,6 +273,7 @@ enum shmc_agreement shmc_ballot_look(struct shmc_ballot *ballot)
 {
     shmc_atomic_u64 *verdict = &ballot->fellows->member->control.header->verdict;
     for (;;) {
+        SHMC_STEP(VERDICT_SEE);
         uint64_t before = shmc_seq_load(verdict); /* before the words: pairs with the compare-and-swaps */
         ballot->state = read_verdict(ballot, before);
         if (ballot->state != SHMC_AGREE_PENDING) {
@@ -262,6 +290,7 @@ enum shmc_agreement shmc_ballot_look(struct shmc_ballot *ballot)
 bool shmc_fellows_give_up(const struct shmc_fellows *fellows, uint64_t word)
 {
     struct shmc_header *header = fellows->member->control.header;
+    SHMC_STEP(GIVE_UP_SEE);
     uint64_t verdict = shmc_seq_load(&header->verdict);
     do {
         if (!is_of(fellows, verdict)) {
@@ -274,6 +303,7 @@ bool shmc_fellows_give_up(const struct shmc_fellows *fellows, uint64_t word)
             return true;
         }
         /* pairs with the loads in shmc_ballot_look */
+        SHMC_STEP(GIVE_UP);
     } while (!shmc_seq_cas(&header->verdict, &verdict, verdict | SHMC_VERDICT_BROKEN));
     shmc_bell_ring(&header->agreed);
     return true;
@@ -282,6 +312,7 @@ bool shmc_fellows_give_up(const struct shmc_fellows *fellows, uint64_t word)
 bool shmc_fellows_given_up(const struct shmc_fellows *fellows)
 {
     /* pairs with the exchange in shmc_fellows_give_up */
+    SHMC_STEP(GIVEN_UP_SEE);
     uint64_t verdict = shmc_seq_load(&fellows->member->control.header->verdict);
     return (verdict & SHMC_VERDICT_BROKEN) != 0 || !is_of(fellows, verdict);
 }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "clock.h"
+#include "steps.h"
 
 /* Two ranks in lockstep on two cores: 1 µs a step, where sleeping at once takes 10 to 90 (a virtual core that idles is slow
  * to wake); 4 µs is too short to meet the answer half of the time. With more ranks than cores looking only takes time from
@@ -55,6 +56,7 @@ static enum shmc_waited sleep_once(struct shmc_bell *bell, uint32_t rung, uint64
     }
     uint64_t left = deadline_ns - now;
     struct timespec timeout = {.tv_sec = (time_t)(left / 1000000000u), .tv_nsec = (long)(left % 1000000000u)};
+    SHMC_STEP(BELL_SLEEP);
     if (syscall(SYS_futex, &bell->rung, FUTEX_WAIT, rung, &timeout, NULL, 0) == 0 || errno == EAGAIN) {
         return SHMC_WAIT_RUNG;
     }
@@ -69,8 +71,10 @@ enum shmc_waited shmc_bell_wait(struct shmc_bell *bell, unsigned p, shmc_conditi
     }
     /* The number before the bit: who takes the bit away for a condition that is not ours raises the number afterwards, and
      * then we must not sleep, for the next to ring would find no bit. Pairs with the addition in shmc_bell_ring. */
+    SHMC_STEP(BELL_RUNG_SEE);
     uint32_t rung = shmc_seq_load(&bell->rung);
     /* pairs with the exchange in shmc_bell_ring: it finds the bit, or we find what was made true before it */
+    SHMC_STEP(BELL_SLEEPER);
     shmc_seq_or(&bell->sleepers, UINT32_C(1) << p);
     bool done = met(of);
     enum shmc_waited waited = done ? SHMC_WAIT_MET : sleep_once(bell, rung, deadline_ns);
@@ -82,15 +86,20 @@ enum shmc_waited shmc_bell_wait(struct shmc_bell *bell, unsigned p, shmc_conditi
 void shmc_bell_ring(struct shmc_bell *bell)
 {
     /* pairs with the bit set in shmc_bell_wait; the load alone would do, the exchange keeps the next ring from a call */
+    SHMC_STEP(BELL_TAKE);
     if (shmc_seq_load(&bell->sleepers) != 0 && shmc_seq_exchange(&bell->sleepers, 0) != 0) {
+        SHMC_STEP(BELL_RUNG);
         shmc_seq_add(&bell->rung, 1); /* pairs with the load in shmc_bell_wait: who read it before does not sleep */
+        SHMC_STEP(BELL_WAKE);
         syscall(SYS_futex, &bell->rung, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     }
 }
 
 void shmc_bell_forget(struct shmc_bell *bell, unsigned p)
 {
+    SHMC_STEP(BELL_FORGET_SEE);
     if ((shmc_seq_load(&bell->sleepers) & (UINT32_C(1) << p)) != 0) {
+        SHMC_STEP(BELL_FORGET);
         shmc_seq_and(&bell->sleepers, ~(UINT32_C(1) << p)); /* only ever one bit: others keep theirs */
     }
 }

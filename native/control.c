@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "segment.h"
+#include "steps.h"
 
 static void lay_out(struct shmc_control *control, void *base, uint64_t bytes, uint32_t slot_count)
 {
@@ -26,6 +27,7 @@ static enum shmc_status fill_header(struct shmc_header *header, const struct shm
                                     uint64_t bytes)
 {
     struct timespec now;
+    SHMC_STEP(CONTROL_CLOCK);
     if (clock_gettime(CLOCK_REALTIME, &now) != 0 ||
         getrandom(header->nonce, sizeof header->nonce, 0) != (ssize_t)sizeof header->nonce) {
         return SHMC_ERRNO;
@@ -40,6 +42,7 @@ static enum shmc_status fill_header(struct shmc_header *header, const struct shm
     header->slot_count = config->slot_count;
     header->peer_count = SHMC_PEER_COUNT;
     header->segment_count = SHMC_SEGMENT_COUNT;
+    SHMC_STEP(CONTROL_STATE_OPEN);
     shmc_relaxed_store(&header->state, SHMC_ARENA_OPEN);
     return SHMC_OK;
 }
@@ -66,6 +69,7 @@ enum shmc_status shmc_control_create(int fd, const struct shmc_control_config *c
 void shmc_control_ready(struct shmc_control *control)
 {
     /* pairs with the load in check_header: who sees the magic sees everything else */
+    SHMC_STEP(CONTROL_MAGIC);
     shmc_release_store(&control->header->magic, SHMC_MAGIC);
 }
 
@@ -74,6 +78,7 @@ static enum shmc_status check_header(const struct shmc_header *header, uint64_t 
                                      struct shmc_detail *detail)
 {
     /* pairs with the store in shmc_control_ready */
+    SHMC_STEP(CONTROL_OPEN_MAGIC);
     uint64_t magic = shmc_acquire_load(&header->magic);
     if (magic == 0) {
         return SHMC_NOT_READY;
@@ -158,6 +163,7 @@ void shmc_control_close(struct shmc_control *control)
 void shmc_control_end(struct shmc_control *control)
 {
     /* pairs with the load in shmc_control_ended: who attaches after this is told */
+    SHMC_STEP(CONTROL_END);
     shmc_release_store(&control->header->state, SHMC_ARENA_ENDED);
 }
 
@@ -165,6 +171,7 @@ struct shmc_segment_record *shmc_control_segment(const struct shmc_control *cont
 {
     for (unsigned i = 0; number != 0 && i < SHMC_SEGMENT_COUNT; i++) {
         /* pairs with the store of the number in shmc_owner_add_segment */
+        SHMC_STEP(CONTROL_FIND_SEGMENT);
         if (shmc_acquire_load(&control->segments[i].number) == number) {
             return &control->segments[i];
         }

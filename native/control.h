@@ -4,6 +4,7 @@
 
 #include "layout.h"
 #include "status.h"
+#include "steps.h"
 
 struct shmc_control {
     uint64_t bytes;
@@ -34,6 +35,7 @@ void shmc_control_close(struct shmc_control *control);
 static inline bool shmc_control_ended(const struct shmc_control *control)
 {
     /* pairs with the store in shmc_control_end */
+    SHMC_STEP(ENDED_SEE);
     return shmc_acquire_load(&control->header->state) != SHMC_ARENA_OPEN;
 }
 

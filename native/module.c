@@ -387,7 +387,8 @@ static int module_execute(PyObject *module)
         PyModule_AddIntConstant(module, "BLOCK_ALIGN_BYTES", SHMC_BLOCK_ALIGN_BYTES) != 0 ||
         PyModule_AddIntConstant(module, "RING_ENTRIES", SHMC_RING_ENTRIES) != 0 ||
         PyModule_AddIntConstant(module, "RING_PAYLOAD_BYTES", SHMC_RING_PAYLOAD_BYTES) != 0 ||
-        PyModule_AddIntConstant(module, "PAGE_BYTES", SHMC_PAGE_BYTES) != 0 || !add_metric_constants(module)) {
+        PyModule_AddIntConstant(module, "PAGE_BYTES", SHMC_PAGE_BYTES) != 0 || !add_metric_constants(module) ||
+        !add_step_constants(module)) {
         return -1;
     }
     return 0;

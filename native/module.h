@@ -110,6 +110,9 @@ PyObject *metric_words(const shmc_atomic_u64 *block); /* a list of all that the 
 PyObject *module_metric(PyObject *module, PyObject *name);
 bool add_metric_constants(PyObject *module);
 
+/* module_steps.c */
+bool add_step_constants(PyObject *module);
+
 /* module_inspect.c */
 PyObject *inspect_control(const struct module_state *state, int fd);
 

@@ -10,6 +10,7 @@
 #include <structmember.h>
 
 #include "metrics.h"
+#include "steps.h"
 
 /* ---- Segment: unmapped in dealloc and nowhere else ----------------------------------------------------------------- */
 
@@ -394,8 +395,10 @@ static PyObject *member_set_step(MemberObject *self, PyObject *arguments)
     }
     struct shmc_peer_record *record = &self->member.control.peers[self->member.index];
     if (failed) {
+        SHMC_STEP(MEMBER_FAILED_STEP);
         shmc_relaxed_store(&record->failed_step, step);
     }
+    SHMC_STEP(MEMBER_STEP);
     shmc_release_store(&record->step, step); /* pairs with the load in steps_of: the failure is seen with the step */
     Py_RETURN_NONE;
 }
@@ -435,6 +438,7 @@ static PyObject *member_sweep_peers(MemberObject *self, PyObject *Py_UNUSED(igno
     }
     unsigned swept;
     Py_BEGIN_ALLOW_THREADS swept = shmc_peer_sweep(&self->member.control, fd);
+    SHMC_STEP(SWEEP_CLOSE);
     Py_END_ALLOW_THREADS close(fd);
     shmc_metric_add(self->member.control.header->metrics, SHMC_METRIC_swept, swept);
     return PyLong_FromUnsignedLong(swept);

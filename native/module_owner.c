@@ -5,6 +5,7 @@
 
 #include "hash.h"
 #include "metrics.h"
+#include "steps.h"
 
 /* ---- terms: how a block is to be published --------------------------------------------------------------------------- */
 
@@ -179,6 +180,7 @@ static PyObject *owner_segments(OwnerObject *self, PyObject *Py_UNUSED(ignored))
 
 static shmc_hash128 copy_in(void *target, const void *source, size_t size_bytes, bool hashed)
 {
+    SHMC_STEP(COPY_PAYLOAD);
     if (hashed) {
         return shmc_hash_copy(target, source, size_bytes, 0);
     }

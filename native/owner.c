@@ -11,6 +11,7 @@
 #include "clock.h"
 #include "metrics.h"
 #include "segment.h"
+#include "steps.h"
 
 /* ---- metrics ------------------------------------------------------------------------------------------------------ */
 
@@ -110,8 +111,10 @@ enum shmc_status shmc_owner_add_segment(struct shmc_owner *owner, uint32_t numbe
         .number = number, .size_bytes = size_bytes, .base = base, .idle_since_ns = shmc_clock_ns()};
     struct shmc_segment_record *record = &owner->member->control.segments[i];
     record->size_bytes = size_bytes;
+    SHMC_STEP(GROW_MARK);
     shmc_relaxed_store(&record->mark, 0);
     /* pairs with the load in shmc_control_segment */
+    SHMC_STEP(GROW_NUMBER);
     shmc_release_store(&record->number, number);
     owner->reserved_bytes += size_bytes;
     shmc_metric_set(metrics_of(owner), SHMC_METRIC_reserved_bytes, owner->reserved_bytes);
@@ -135,6 +138,7 @@ enum shmc_status shmc_owner_retire_segment(struct shmc_owner *owner, uint32_t nu
     struct shmc_segment_record *record = &owner->member->control.segments[i];
     uint64_t unmarked = 0;
     /* pairs with a peer that marks pages as pinned: only one of the two finds the mark 0 */
+    SHMC_STEP(RETIRE_MARK);
     if (!shmc_seq_cas(&record->mark, &unmarked, SHMC_SEGMENT_RETIRED) ||
         !shmc_blocks_remove_segment(&owner->blocks, i)) {
         return SHMC_OK;
@@ -145,6 +149,7 @@ enum shmc_status shmc_owner_retire_segment(struct shmc_owner *owner, uint32_t nu
     shmc_metric_set(metrics_of(owner), SHMC_METRIC_reserved_bytes, owner->reserved_bytes);
     shmc_metric_add(metrics_of(owner), SHMC_METRIC_retired, 1);
     *segment = (struct shmc_data_segment){0};
+    SHMC_STEP(RETIRE_NUMBER);
     shmc_release_store(&record->number, 0); /* pairs with the load in shmc_control_segment */
     *index = i;
     *done = true;
@@ -181,6 +186,7 @@ static void revoke_late(struct shmc_owner *owner, uint32_t slot, uint64_t now_ns
     shmc_slot_settle(&owner->member->control, slot);
     if (private->deadline_ns == UINT64_MAX) {
         /* what was promised for good stays; what a reader has passed on since gets a deadline from now on */
+        SHMC_STEP(REVOKE_X_SEE);
         if ((shmc_relaxed_load(&owner->member->control.words[slot]) & SHMC_X) == 0) {
             return;
         }
@@ -207,6 +213,7 @@ uint64_t shmc_owner_reclaim(struct shmc_owner *owner, bool revoke)
         }
         /* Relaxed first, as nearly every slot in use has claims; then the look that pairs with clear_bits in slots.c:
          * the last reader's accesses to the block come before ours. */
+        SHMC_STEP(RECLAIM_SEE);
         if ((shmc_relaxed_load(&words[slot]) & SHMC_CLAIMS) == 0 && owner->slots[slot].block != SHMC_NO_BLOCK &&
             (shmc_seq_load(&words[slot]) & SHMC_CLAIMS) == 0) {
             freed += forget_slot(owner, slot);
@@ -334,6 +341,7 @@ enum shmc_status shmc_owner_publish(struct shmc_owner *owner, uint32_t block, ui
 static struct shmc_slot_private *find_slot(struct shmc_owner *owner, uint32_t slot, uint64_t generation)
 {
     const struct shmc_control *control = &owner->member->control;
+    SHMC_STEP(OWNER_GENERATION_SEE);
     if (usable(owner) != SHMC_OK || slot >= control->slot_count || owner->slots[slot].block == SHMC_NO_BLOCK ||
         shmc_relaxed_load(&control->records[slot].generation) != generation) { /* only we write it */
         return NULL;
@@ -402,12 +410,17 @@ bool shmc_owner_withdraw(struct shmc_owner *owner, uint32_t slot, uint64_t gener
 bool shmc_owner_wait_freed(struct shmc_control *control, uint64_t timeout_ns)
 {
     struct shmc_header *header = control->header;
+    SHMC_STEP(WAIT_FREED_SEE);
     uint32_t before = shmc_seq_load(&header->freed);
     /* pairs with the load in notice_release; a release before it is not noticed, which is why callers bound the wait */
+    SHMC_STEP(WAIT_FREED_WAITING);
     shmc_seq_exchange(&header->waiting, 1);
     struct timespec timeout = {.tv_sec = (time_t)(timeout_ns / 1000000000u),
                                .tv_nsec = (long)(timeout_ns % 1000000000u)};
+    SHMC_STEP(WAIT_FREED_SLEEP);
     syscall(SYS_futex, &header->freed, FUTEX_WAIT, before, &timeout, NULL, 0);
+    SHMC_STEP(WAIT_FREED_DONE);
     shmc_seq_exchange(&header->waiting, 0);
+    SHMC_STEP(WAIT_FREED_SEE_AGAIN);
     return shmc_seq_load(&header->freed) != before;
 }

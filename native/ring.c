@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "hash.h"
+#include "steps.h"
 
 enum {
     PUBLISH_ENTRIES = 8, /* of a long message, before readers are told: they wake up to more than one */
@@ -11,6 +12,7 @@ enum {
 
 uint64_t shmc_ring_head(const struct shmc_control *control)
 {
+    SHMC_STEP(RING_HEAD_SEE);
     return shmc_seq_load(&control->ring->head);
 }
 
@@ -43,6 +45,7 @@ enum shmc_status shmc_ring_init(struct shmc_ring *ring, struct shmc_member *memb
         return SHMC_INHERITED;
     }
     /* pairs with the load in find_room: from here on the writer counts on us; it may wait for that already */
+    SHMC_STEP(RING_JOIN);
     shmc_seq_store(&member->control.peers[member->index].ring_read, start);
     shmc_bell_ring(&member->control.header->read);
     return SHMC_OK;
@@ -62,6 +65,7 @@ static uint64_t find_room(const struct shmc_ring *ring, uint32_t *missing)
         }
         const struct shmc_peer_record *record = &control_of(ring)->peers[ring->fellows.ranks[rank].p];
         /* pairs with the store in shmc_ring_take: the reader has copied what we are about to overwrite */
+        SHMC_STEP(RING_ROOM_SEE);
         uint64_t behind = ring->position - shmc_seq_load(&record->ring_read);
         if (behind > SHMC_RING_ENTRIES) {
             behind = behind > UINT64_MAX / 2 ? 0 : SHMC_RING_ENTRIES;
@@ -79,6 +83,7 @@ static void fill(struct shmc_ring *ring, const uint8_t *message, uint64_t messag
                  uint32_t bytes)
 {
     struct shmc_ring_entry *entry = &control_of(ring)->ring->entries[ring->position % SHMC_RING_ENTRIES];
+    SHMC_STEP(RING_FILL);
     entry->number = ring->position;
     entry->group = ring->group;
     entry->message_bytes = message_bytes;
@@ -112,6 +117,7 @@ enum shmc_status shmc_ring_put(struct shmc_ring *ring, const uint8_t *message, u
         *ended = *done_bytes == message_bytes;
         if (*ended || ring->position == ring->room_end || ring->position % PUBLISH_ENTRIES == 0) {
             /* pairs with the loads in shmc_ring_has_more: who sees the head sees the entries below it */
+            SHMC_STEP(RING_HEAD);
             shmc_seq_store(&region->head, ring->position);
             shmc_bell_ring(&header->sent);
         }
@@ -124,6 +130,7 @@ enum shmc_status shmc_ring_put(struct shmc_ring *ring, const uint8_t *message, u
 bool shmc_ring_has_more(const struct shmc_ring *ring)
 {
     /* pairs with the store in shmc_ring_put */
+    SHMC_STEP(RING_MORE_SEE);
     uint64_t head = shmc_seq_load(&control_of(ring)->ring->head);
     return head - ring->position - 1 <
            UINT64_MAX / 2; /* head > position, also where somebody has written anything there */
@@ -192,6 +199,7 @@ enum shmc_status shmc_ring_take(struct shmc_ring *ring, const struct shmc_ring_p
     shmc_atomic_u64 *read = &control->peers[ring->fellows.member->index].ring_read;
     /* Pairs with the load in find_room. Not every entry is worth waking the writer for: it sleeps only where we, or another
      * reader, have a whole ring to read, and then some of it or all is read soon. */
+    SHMC_STEP(RING_READ);
     shmc_seq_store(read, ring->position);
     if (ring->position % NOTIFY_ENTRIES == 0 || !shmc_ring_has_more(ring)) {
         shmc_bell_ring(&control->header->read);

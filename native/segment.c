@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "layout.h"
+#include "steps.h"
 
 #ifndef MADV_POPULATE_READ /* Linux 5.14; older headers */
 #define MADV_POPULATE_READ 22
@@ -19,6 +20,7 @@ enum shmc_status shmc_segment_reserve(int fd, uint64_t size_bytes)
 {
     int failure;
     do {
+        SHMC_STEP(SEGMENT_RESERVE);
         failure = posix_fallocate(fd, 0, (off_t)size_bytes);
     } while (failure == EINTR);
     if (failure != 0) {
@@ -31,6 +33,7 @@ enum shmc_status shmc_segment_reserve(int fd, uint64_t size_bytes)
 enum shmc_status shmc_segment_size(int fd, uint64_t *size_bytes)
 {
     struct stat file;
+    SHMC_STEP(SEGMENT_SIZE);
     if (fstat(fd, &file) != 0) {
         return SHMC_ERRNO;
     }
@@ -43,6 +46,7 @@ enum shmc_status shmc_segment_map(int fd, uint64_t size_bytes, enum shmc_access 
     int protection = access == SHMC_MAP_READ ? PROT_READ : PROT_READ | PROT_WRITE;
     /* NORESERVE: a private mapping of a whole segment is a view, hardly ever written; strict overcommit would count it */
     int flags = access == SHMC_MAP_PRIVATE_COW ? MAP_PRIVATE | MAP_NORESERVE : MAP_SHARED;
+    SHMC_STEP(SEGMENT_MAP);
     void *mapped = mmap(NULL, size_bytes, protection, flags, fd, 0);
     if (mapped == MAP_FAILED) {
         return SHMC_ERRNO;
@@ -54,6 +58,7 @@ enum shmc_status shmc_segment_map(int fd, uint64_t size_bytes, enum shmc_access 
 void shmc_segment_unmap(void *base, uint64_t size_bytes)
 {
     if (base != NULL) {
+        SHMC_STEP(SEGMENT_UNMAP);
         munmap(base, size_bytes);
     }
 }
@@ -61,12 +66,14 @@ void shmc_segment_unmap(void *base, uint64_t size_bytes)
 void shmc_segment_populate(void *base, uint64_t size_bytes, bool for_writing)
 {
     int saved = errno;
+    SHMC_STEP(SEGMENT_POPULATE);
     (void)madvise(base, size_bytes, for_writing ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
     errno = saved;
 }
 
 enum shmc_status shmc_segment_punch(void *writable_base, uint64_t size_bytes)
 {
+    SHMC_STEP(SEGMENT_PUNCH);
     return madvise(writable_base, size_bytes, MADV_REMOVE) == 0 ? SHMC_OK : SHMC_ERRNO;
 }
 
@@ -102,6 +109,7 @@ static long scan_written(int pagemap, uint64_t start, uint64_t end, struct scan_
         .category_anyof_mask = SCAN_IS_PRESENT | SCAN_IS_SWAPPED,
         .return_mask = SCAN_IS_FILE,
     };
+    SHMC_STEP(PRIVATE_SCAN);
     long found = ioctl(pagemap, SCAN_PAGES, &request);
     *walked_to = request.walk_end;
     return found;
@@ -109,6 +117,7 @@ static long scan_written(int pagemap, uint64_t start, uint64_t end, struct scan_
 
 static int open_pagemap(void)
 {
+    SHMC_STEP(PRIVATE_OPEN);
     return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 }
 
@@ -128,6 +137,7 @@ enum shmc_status shmc_segment_forget_private(void *base, uint64_t size_bytes)
         }
         for (long i = 0; i < found; i++) {
             void *start = (void *)(uintptr_t)regions[i].start;
+            SHMC_STEP(PRIVATE_DROP);
             if (madvise(start, regions[i].end - regions[i].start, MADV_DONTNEED) != 0) {
                 status = SHMC_ERRNO;
                 goto done;
@@ -138,6 +148,7 @@ enum shmc_status shmc_segment_forget_private(void *base, uint64_t size_bytes)
 done:
     if (pagemap >= 0) {
         int failure = errno;
+        SHMC_STEP(PRIVATE_CLOSE);
         close(pagemap);
         errno = failure;
     }

@@ -39,6 +39,12 @@ def copy_with(method: str, target: Buffer, source: Buffer, /) -> None:
 def process_token() -> int:
     """Random non-zero 64-bit name of this process; another one in a forked child, also after a raw fork."""
 
+STEPS: Final[dict[str, int]]
+"""The numbered steps of ``native/steps.h``."""
+
+def step(number: int, /) -> None:
+    """Pass a step of `STEPS` that is taken in Python. Nothing happens in ordinary builds."""
+
 def take_owner_byte(fd: int, /) -> bool:
     """Take the owner's lock through ``fd``; False where a live process has it. Held until ``fd`` and its mappings are gone."""
 

@@ -20,6 +20,10 @@ DIRECTORY = "/dev/shm"
 NAMESPACE_VARIABLE = "SHMCAST_NAMESPACE"
 CONTROL = 0
 
+_STEPS = _native.STEPS
+_CREATE, _OPEN, _UNLINK = _STEPS["NAME_CREATE"], _STEPS["NAME_OPEN"], _STEPS["NAME_UNLINK"]
+_IS_CURRENT, _SIZE, _LIST = _STEPS["NAME_IS_CURRENT"], _STEPS["NAME_SIZE"], _STEPS["NAME_LIST"]
+
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
 _FILE = re.compile(r"shmcast\.([A-Za-z0-9_-]{1,32})\.([0-9a-f]{16})\.(0|[1-9][0-9]{0,9})", re.ASCII)
 
@@ -72,6 +76,7 @@ def open_readable(name: str) -> int:
 
 def unlink(name: str) -> bool:
     """Take a name away; False where it was gone already. Mappings of the segment stay what they are."""
+    _native.step(_UNLINK)
     try:
         posix_ipc.unlink_shared_memory(name)
     except posix_ipc.ExistentialError:
@@ -83,6 +88,7 @@ def unlink(name: str) -> bool:
 
 def is_current(name: str, fd: int) -> bool:
     """Whether the name still means the file behind ``fd``, and not nothing or a later file of that name."""
+    _native.step(_IS_CURRENT)
     try:
         now = os.stat(DIRECTORY + name, follow_symlinks=False)
     except FileNotFoundError:
@@ -98,6 +104,7 @@ def exists(name: str) -> bool:
 
 def size_bytes(name: str) -> int:
     """Length of a segment in bytes, 0 where it is gone."""
+    _native.step(_SIZE)
     try:
         return os.stat(DIRECTORY + name, follow_symlinks=False).st_size
     except FileNotFoundError:
@@ -106,6 +113,7 @@ def size_bytes(name: str) -> int:
 
 def listing(namespace: str | None = None) -> list[Found]:
     """The segments that exist now, of one namespace or of all, in no order."""
+    _native.step(_LIST)
     try:
         files = os.listdir(DIRECTORY)
     except FileNotFoundError:
@@ -132,6 +140,7 @@ def host_id() -> int:
 
 
 def _open(name: str, flags: int, *, read_only: bool) -> int:
+    _native.step(_CREATE if flags else _OPEN)
     try:
         fd: int = posix_ipc.SharedMemory(name, flags, mode=0o600, size=0, read_only=read_only).fd
     except posix_ipc.ExistentialError:

@@ -1,0 +1,78 @@
+"""Every system call and atomic of the core has a numbered step before it, or a written reason to have none."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import steps
+from shmcast import _native
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    """A copy of the core to spoil."""
+    return Path(shutil.copytree(steps.NATIVE, tmp_path / "native"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_the_core_is_numbered() -> None:
+    assert steps.problems() == []
+    assert len(steps.all_accesses()) > 150
+    assert {name: number for name, (number, _) in steps.table().items()} == _native.STEPS
+
+
+def test_nothing_is_overlooked() -> None:
+    """What the parser attributes to functions is all that there is."""
+    for path in [*steps.NATIVE.glob("*.c"), *steps.NATIVE.glob("*.h")]:
+        if path.name != "atomics.h":
+            calls = steps.CALL.findall(steps.without_comments(path.read_text()))
+            assert [access.call for access in steps.accesses(path)] == calls, path.name
+
+
+def test_an_atomic_without_a_step(native: Path) -> None:
+    edit(native / "slots.c", "SHMC_STEP(PUBLISH_EXCHANGE);", "")
+    wrong = steps.problems(native)
+    assert any("slots.c" in line and "shmc_seq_exchange in shmc_slot_publish" in line for line in wrong)
+    assert "steps.h: PUBLISH_EXCHANGE stands nowhere in the code" in wrong
+
+
+def test_a_step_counts_for_one_statement(native: Path) -> None:
+    edit(native / "bell.c", "    SHMC_STEP(BELL_WAKE);\n", "")
+    assert any("bell.c" in line and "syscall in shmc_bell_ring" in line for line in steps.problems(native))
+
+
+def test_a_system_call_without_a_step(native: Path) -> None:
+    edit(native / "segment.c", "SHMC_STEP(SEGMENT_RESERVE);", "/* SHMC_STEP(SEGMENT_RESERVE); */")
+    assert any("posix_fallocate in shmc_segment_reserve" in line for line in steps.problems(native))
+
+
+def test_a_reason_that_nothing_needs(native: Path) -> None:
+    (native / "clock.c").write_text("")
+    assert steps.problems(native) == ["EXEMPT: nothing needs clock.c *"]
+
+
+def test_a_number_stands_once(native: Path) -> None:
+    edit(native / "steps.h", "X(102,", "X(101,")
+    assert "steps.h: number 101 stands twice" in steps.problems(native)
+
+
+def test_the_list_for_people() -> None:
+    done = subprocess.run([sys.executable, steps.__file__], capture_output=True, text=True, check=True)
+    assert any("RING_HEAD" in line and "shmc_ring_put" in line for line in done.stdout.splitlines())
+
+
+def test_an_ordinary_build_has_no_board() -> None:
+    assert not hasattr(_native, "fault_board")
+    assert _native.step(_native.STEPS["NAME_UNLINK"]) is None
+    with pytest.raises(TypeError):
+        _native.step("NAME_UNLINK")
