@@ -128,7 +128,7 @@ def let_go(state: SimpleNamespace) -> None:
 def join(state: SimpleNamespace, raw: bytes) -> int:
     """Our token, once we are in."""
     shmcast.attach(raw).release()
-    return shmcast.processtoken_of()
+    return shmcast.process_token()
 
 
 # ---- peers of an arena that goes on
@@ -338,7 +338,7 @@ class Private(AttachGranted):
 
 
 def token_of(state: SimpleNamespace) -> int:
-    return shmcast.processtoken_of()
+    return shmcast.process_token()
 
 
 READERS: list[type[Role]] = [
