@@ -46,7 +46,7 @@ static const char *check_bits(const struct state *st)
         }
         for (unsigned byte = 1; byte < BYTES; byte++)
             if (st->lock[byte] == NO_LOCK && st->token[byte] == TOKEN_FREE &&
-                (st->word[slot] & HOLD(byte) || st->took[slot] & 1u << byte))
+                (st->word[slot] & HOLD(byte) || (st->word[slot] & CLAIMS && st->took[slot] & 1u << byte)))
                 return "G3: a byte was left clean, but not its bits";
     }
     return NULL;

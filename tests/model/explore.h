@@ -13,7 +13,7 @@
 
 enum {
     EXPLORE_MAX_EDGES = 96,  /* successors of one state */
-    EXPLORE_MAX_ACTIONS = 64 /* kinds of step */
+    EXPLORE_MAX_ACTIONS = 96 /* kinds of step */
 };
 
 /* One step of one actor. `broken` names the property that the step itself breaks, or is NULL. */

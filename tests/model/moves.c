@@ -180,7 +180,7 @@ static void print_word(FILE *out, const struct state *st, unsigned slot)
 void print_step(FILE *out, const struct explore_edge *edge, const void *after)
 {
     static const char *const texts[] = {
-#define ACTION_TEXT(name, text) text,
+#define ACTION_TEXT(name, text, code) text,
         ACTIONS(ACTION_TEXT)
 #undef ACTION_TEXT
     };

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "explore.h"
+#include "family.h"
 
 enum { SLOTS = 2, BYTES = 3, PROCS = 4, MESSAGES = 8, MAX_GEN = 4 };
 
@@ -89,59 +89,63 @@ _Static_assert(sizeof(struct state) == 80, "no padding: states are compared as b
 
 /* Every kind of step. The upper-case name is also the "next step" of a process. */
 #define ACTIONS(X) \
-    X(IDLE, "is idle") \
-    X(DIE, "dies; its locks drop") \
-    X(PUB_SCAN, "publish: reads the word, no claims") \
-    X(PUB_SCAN_REST, "publish: reads the other word of the slot") \
-    X(PUB_SCAN_BLOCK, "publish: reads the word of the other slot that names the block") \
-    X(PUB_PAYLOAD, "publish: writes the payload") \
-    X(PUB_GEN, "publish: writes the generation") \
-    X(PUB_TOOK, "publish: writes took") \
-    X(PUB_INC_1, "publish: reads the incarnation of byte 1") \
-    X(PUB_TOKEN_1, "publish: reads the token of byte 1") \
-    X(PUB_INC_2, "publish: reads the incarnation of byte 2") \
-    X(PUB_TOKEN_2, "publish: reads the token of byte 2") \
-    X(PUB_EXCHANGE, "publish: exchanges the word") \
-    X(PUB_RECHECK_1, "publish: reads the incarnation of byte 1 again") \
-    X(PUB_CLEAR_1, "publish: byte 1 has changed, clears its grant") \
-    X(PUB_RECHECK_2, "publish: reads the incarnation of byte 2 again") \
-    X(PUB_CLEAR_2, "publish: byte 2 has changed, clears its grant") \
-    X(REVOKE_RESTART, "deadline passed, X set: clears X and restarts the deadline") \
-    X(REVOKE, "deadline passed: clears grants, T and L") \
-    X(EMPTY_SEEN, "sees that T has no takers left to come") \
-    X(EMPTY_DROP, "drops T") \
-    X(ATT_LOOK, "attach: reads the generation") \
-    X(ATT_LOCAL, "attach: holds it already, counts, reads the word") \
-    X(ATT_LOCAL_STALE, "attach: holds the slot at another generation, stale") \
-    X(ATT_PIN, "attach: sets its hold, or sees no claims: stale") \
-    X(ATT_LOOK_AGAIN, "attach: reads the generation again") \
-    X(ATT_UNPIN, "attach: clears its hold, stale") \
-    X(ATT_TOOK, "attach: marks took") \
-    X(ATT_T, "attach: clears T, nobody is left to come") \
-    X(ATT_GRANT, "attach: clears its grant") \
-    X(RELEASE_COUNT, "releases one of several leases") \
-    X(RELEASE_LAST, "releases its last lease, clears its hold") \
-    X(PASS_INC, "pass on: reads the target's incarnation") \
-    X(PASS_TOKEN, "pass on: reads the target's token") \
-    X(PASS_GRANT, "pass on: sets the target's grant and X") \
-    X(PASS_RECHECK, "pass on: reads the incarnation again, sends or gives up") \
-    X(PASS_CLEAR, "pass on: gives up and clears the grant") \
-    X(PASS_TRUST, "pass on: sets L and X for one that has no byte, sends") \
-    X(JOIN_LOCK, "join: takes the lock of a byte") \
-    X(SWEEP_LOCK, "sweep: takes the lock of a dead peer's byte") \
-    X(LEAVE_BEGIN, "leave: begins") \
-    X(TAKE_TOKEN, "takeover: the byte is no longer ready") \
-    X(TAKE_INC, "takeover: raises the incarnation") \
-    X(TAKE_SEE, "takeover: reads the word") \
-    X(TAKE_TOOK_SEE, "takeover: reads took") \
-    X(TAKE_T, "takeover: drops T") \
-    X(TAKE_MARK, "takeover: clears the byte's took mark") \
-    X(TAKE_WORD, "takeover: clears the byte's bits in the word") \
-    X(TAKE_READY, "takeover: the byte is ready") \
-    X(TAKE_FREE, "takeover: the byte is clean") \
-    X(TAKE_UNLOCK, "takeover: drops the lock")
+    X(IDLE, "is idle", NO_CODE_MISTAKE) \
+    X(DIE, "dies; its locks drop", NO_CODE_KERNEL) \
+    X(PUB_SCAN, "publish: reads the word, no claims", "shmc_owner_reclaim RECLAIM_SEE") \
+    X(PUB_SCAN_REST, "publish: reads the other word of the slot", NO_CODE_MISTAKE) \
+    X(PUB_SCAN_BLOCK, "publish: reads the word of the other slot that names the block", \
+      "shmc_owner_reclaim RECLAIM_SEE") \
+    X(PUB_PAYLOAD, "publish: writes the payload", "copy_in COPY_PAYLOAD") \
+    X(PUB_GEN, "publish: writes the generation", "shmc_slot_publish PUBLISH_FIELDS PUBLISH_GENERATION") \
+    X(PUB_TOOK, "publish: writes took", "shmc_slot_publish PUBLISH_TOOK") \
+    X(PUB_INC_1, "publish: reads the incarnation of byte 1", "shmc_peer_find FIND_INCARNATION") \
+    X(PUB_TOKEN_1, "publish: reads the token of byte 1", "shmc_peer_find FIND_TOKEN") \
+    X(PUB_INC_2, "publish: reads the incarnation of byte 2", "shmc_peer_find FIND_INCARNATION") \
+    X(PUB_TOKEN_2, "publish: reads the token of byte 2", "shmc_peer_find FIND_TOKEN") \
+    X(PUB_EXCHANGE, "publish: exchanges the word", "shmc_slot_publish PUBLISH_FENCE PUBLISH_EXCHANGE") \
+    X(PUB_RECHECK_1, "publish: reads the incarnation of byte 1 again", "shmc_slot_publish PUBLISH_RECHECK") \
+    X(PUB_CLEAR_1, "publish: byte 1 has changed, clears its grant", "shmc_slot_publish CLEAR_BITS") \
+    X(PUB_RECHECK_2, "publish: reads the incarnation of byte 2 again", "shmc_slot_publish PUBLISH_RECHECK") \
+    X(PUB_CLEAR_2, "publish: byte 2 has changed, clears its grant", "shmc_slot_publish CLEAR_BITS") \
+    X(REVOKE_RESTART, "deadline passed, X set: clears X and restarts the deadline", \
+      "revoke_late REVOKE_X_SEE, shmc_slot_revoke REVOKE_SEE REVOKE") \
+    X(REVOKE, "deadline passed: clears grants, T and L", "shmc_slot_revoke REVOKE_SEE REVOKE") \
+    X(EMPTY_SEEN, "sees that T has no takers left to come", "shmc_slot_settle SETTLE_SEE SETTLE_TOOK_SEE") \
+    X(EMPTY_DROP, "drops T", "shmc_slot_settle CLEAR_BITS") \
+    X(ATT_LOOK, "attach: reads the generation", "shmc_slot_attach ATTACH_LOOK") \
+    X(ATT_LOCAL, "attach: holds it already, counts, reads the word", "shmc_slot_attach_again ATTACH_AGAIN") \
+    X(ATT_LOCAL_STALE, "attach: holds the slot at another generation, stale", "shmc_member_attach (private memory)") \
+    X(ATT_PIN, "attach: sets its hold, or sees no claims: stale", "pin ATTACH_PIN_SEE ATTACH_PIN") \
+    X(ATT_LOOK_AGAIN, "attach: reads the generation again", "shmc_slot_attach ATTACH_LOOK_AGAIN") \
+    X(ATT_UNPIN, "attach: clears its hold, stale", "shmc_slot_attach CLEAR_BITS") \
+    X(ATT_TOOK, "attach: marks took", "take_one ATTACH_TOOK_SEE ATTACH_TOOK") \
+    X(ATT_T, "attach: clears T, nobody is left to come", "consume ATTACH_CONSUME") \
+    X(ATT_GRANT, "attach: clears its grant", "consume ATTACH_CONSUME") \
+    X(RELEASE_COUNT, "releases one of several leases", "shmc_member_release (private memory)") \
+    X(RELEASE_LAST, "releases its last lease, clears its hold", "shmc_slot_release CLEAR_BITS") \
+    X(PASS_INC, "pass on: reads the target's incarnation", "shmc_peer_find FIND_INCARNATION") \
+    X(PASS_TOKEN, "pass on: reads the target's token", "shmc_peer_find FIND_TOKEN") \
+    X(PASS_GRANT, "pass on: sets the target's grant and X", "add_grant PASS_SEE PASS_GRANT") \
+    X(PASS_RECHECK, "pass on: reads the incarnation again, sends or gives up", "shmc_slot_pass_on PASS_RECHECK") \
+    X(PASS_CLEAR, "pass on: gives up and clears the grant", NO_CODE_MISTAKE) \
+    X(PASS_TRUST, "pass on: sets L and X for one that has no byte, sends", "add_grant PASS_SEE PASS_GRANT") \
+    X(JOIN_LOCK, "join: takes the lock of a byte", "shmc_peer_join PEER_LOCK") \
+    X(SWEEP_LOCK, "sweep: takes the lock of a dead peer's byte", \
+      "shmc_peer_sweep SWEEP_INCARNATION PEER_LOCK, has_left SWEEP_SEE, shmc_slot_claimed_by CLAIMED_SEE") \
+    X(LEAVE_BEGIN, "leave: begins", "member_leave (private memory)") \
+    X(TAKE_TOKEN, "takeover: the byte is no longer ready", "shmc_peer_leave LEAVE_NOT_READY") \
+    X(TAKE_INC, "takeover: raises the incarnation", "raise_incarnation TAKE_INCARNATION") \
+    X(TAKE_SEE, "takeover: reads the word", "shmc_slot_scrub SCRUB_SEE") \
+    X(TAKE_TOOK_SEE, "takeover: reads took", "shmc_slot_scrub SCRUB_T_SEE") \
+    X(TAKE_T, "takeover: drops T", "shmc_slot_scrub SCRUB_T") \
+    X(TAKE_MARK, "takeover: clears the byte's took mark", "shmc_slot_scrub SCRUB_TOOK_SEE SCRUB_TOOK") \
+    X(TAKE_WORD, "takeover: clears the byte's bits in the word", "shmc_slot_scrub CLEAR_BITS") \
+    X(TAKE_READY, "takeover: the byte is ready", "shmc_peer_take_over TAKE_DESCRIBE TAKE_TOKEN TAKE_READY") \
+    X(TAKE_FREE, "takeover: the byte is clean", \
+      "has_left (a byte that is not ready and has no claims is clean; nothing says so)") \
+    X(TAKE_UNLOCK, "takeover: drops the lock", "shmc_peer_sweep PEER_UNLOCK, shmc_peer_drop_anchor ANCHOR_DROP")
 enum action {
-#define ACTION_NAME(name, text) name,
+#define ACTION_NAME(name, text, code) name,
     ACTIONS(ACTION_NAME)
 #undef ACTION_NAME
         ACTION_COUNT

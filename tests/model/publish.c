@@ -34,10 +34,10 @@ static void drop_target(struct proc *own, unsigned byte)
 }
 
 /* The steps in their order; RECHECK is followed by CLEAR only where the incarnation has changed. */
-static const uint8_t law[] = {PUB_PAYLOAD, PUB_GEN,      PUB_TOOK,      PUB_INC_1,     PUB_TOKEN_1, PUB_INC_2,
-                              PUB_TOKEN_2, PUB_EXCHANGE, PUB_RECHECK_1, PUB_RECHECK_2, IDLE};
-static const uint8_t recheck_first[] = {PUB_PAYLOAD, PUB_GEN,       PUB_TOOK,      PUB_INC_1,    PUB_TOKEN_1, PUB_INC_2,
-                                        PUB_TOKEN_2, PUB_RECHECK_1, PUB_RECHECK_2, PUB_EXCHANGE, IDLE};
+static const uint8_t law[] = {PUB_PAYLOAD, PUB_INC_1,    PUB_TOKEN_1,   PUB_INC_2,     PUB_TOKEN_2, PUB_TOOK,
+                              PUB_GEN,     PUB_EXCHANGE, PUB_RECHECK_1, PUB_RECHECK_2, IDLE};
+static const uint8_t recheck_first[] = {PUB_PAYLOAD, PUB_INC_1,     PUB_TOKEN_1,   PUB_INC_2,    PUB_TOKEN_2, PUB_TOOK,
+                                        PUB_GEN,     PUB_RECHECK_1, PUB_RECHECK_2, PUB_EXCHANGE, IDLE};
 static const uint8_t exchange_first[] = {PUB_INC_1,     PUB_TOKEN_1,   PUB_INC_2, PUB_TOKEN_2,
                                          PUB_EXCHANGE,  PUB_PAYLOAD,   PUB_GEN,   PUB_TOOK,
                                          PUB_RECHECK_1, PUB_RECHECK_2, IDLE};

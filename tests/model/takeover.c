@@ -6,7 +6,9 @@
  */
 #include "protocol.h"
 
-/* Register: target = byte | why << 2 | slot << 4. */
+/* Registers: target = byte | why << 2 | slot << 4; flags = what the look at the word saw. */
+enum { SAW_BITS = 1 };
+
 static unsigned byte_of(const struct proc *me)
 {
     return me->target & 3u;
@@ -86,6 +88,7 @@ bool takeover_begin(struct state *st, unsigned p, unsigned byte, enum takeover w
 static void next_slot(struct state *st, unsigned p)
 {
     struct proc *me = &st->proc[p];
+    me->flags = 0;
     if (slot_of(me) + 1 < world.config->slots) {
         me->target = (uint8_t)(me->target + 0x10);
         me->next = TAKE_SEE;
@@ -103,7 +106,10 @@ static void scrub_step(struct state *st, unsigned p)
     bool pinned = word & HOLD(byte) || world.bug == EMPTY_T_UNPINNED;
     switch (me->next) {
     case TAKE_SEE:
+        me->flags = word & (HOLD(byte) | GRANT(byte)) ? SAW_BITS : 0;
         me->next = pinned && word & ANON ? TAKE_TOOK_SEE : TAKE_MARK;
+        if (!(word & CLAIMS))
+            next_slot(st, p); /* free: the next publication starts with a took of its own */
         break;
     case TAKE_TOOK_SEE:
         me->next = st->took[slot] < 0x10 ? TAKE_T : TAKE_MARK;
@@ -115,6 +121,8 @@ static void scrub_step(struct state *st, unsigned p)
     case TAKE_MARK:
         st->took[slot] &= (uint8_t)~(1u << byte);
         me->next = TAKE_WORD;
+        if (!(me->flags & SAW_BITS))
+            next_slot(st, p);
         break;
     default: /* TAKE_WORD */
         word_clear(st, slot, HOLD(byte) | (byte && world.bug != SCRUB_SKIPS_GRANTS ? GRANT(byte) : 0));
