@@ -3,6 +3,8 @@
 #include "clock.h"
 #include "steps.h"
 
+enum { LOOKS_MAX = 64 };
+
 static struct shmc_peer_record *record_of(const struct shmc_fellows *fellows, uint32_t rank)
 {
     return &fellows->member->control.peers[fellows->ranks[rank].p];
@@ -272,7 +274,9 @@ static bool decide(struct shmc_ballot *ballot, uint64_t before)
 enum shmc_agreement shmc_ballot_look(struct shmc_ballot *ballot)
 {
     shmc_atomic_u64 *verdict = &ballot->fellows->member->control.header->verdict;
-    for (;;) {
+    ballot->state = SHMC_AGREE_PENDING;
+    /* Honest fellows change a pending verdict twice at most; who changes it for ever must not keep us from our clock. */
+    for (unsigned looks = 0; looks < LOOKS_MAX; looks++) {
         SHMC_STEP(VERDICT_SEE);
         uint64_t before = shmc_seq_load(verdict); /* before the words: pairs with the compare-and-swaps */
         ballot->state = read_verdict(ballot, before);
@@ -283,6 +287,7 @@ enum shmc_agreement shmc_ballot_look(struct shmc_ballot *ballot)
         if (ballot->state != SHMC_AGREE_REACHED || decide(ballot, before)) {
             break;
         }
+        ballot->state = SHMC_AGREE_PENDING;
     }
     return ballot->state;
 }

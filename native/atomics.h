@@ -12,6 +12,7 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 typedef _Atomic uint32_t shmc_atomic_u32;
@@ -42,6 +43,16 @@ static inline bool shmc_seq_cas(shmc_atomic_u64 *word, uint64_t *expected, uint6
 static inline bool shmc_relaxed_cas(shmc_atomic_u64 *word, uint64_t *expected, uint64_t desired)
 {
     return atomic_compare_exchange_weak_explicit(word, expected, desired, memory_order_relaxed, memory_order_relaxed);
+}
+
+/* A copy of `bytes` (a multiple of 8) that others may be writing, every word read once: what is checked afterwards is the
+ * copy. After a plain copy a compiler may read the original again, which by then says something else. */
+typedef uint64_t __attribute__((may_alias)) shmc_any_word;
+static inline void shmc_snapshot(void *copy, const void *shared, size_t bytes)
+{
+    for (size_t i = 0; i < bytes / sizeof(uint64_t); i++) {
+        ((shmc_any_word *)copy)[i] = __atomic_load_n((const shmc_any_word *)shared + i, __ATOMIC_RELAXED);
+    }
 }
 
 /* Orders streaming (non-temporal) stores before the exchange that publishes them: locked instructions do not. */

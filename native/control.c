@@ -1,18 +1,25 @@
 #include "control.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "segment.h"
 #include "steps.h"
 
-static void lay_out(struct shmc_control *control, void *base, uint64_t bytes, uint32_t slot_count)
+/* `known`: a private copy of the header's constant fields, or what they will be. */
+static void lay_out(struct shmc_control *control, void *base, uint64_t bytes, const struct shmc_header *known)
 {
     uint8_t *at = base;
+    uint32_t slot_count = known->slot_count;
     *control = (struct shmc_control){
         .bytes = bytes,
+        .arena_id = known->arena_id,
+        .max_bytes = known->max_bytes,
+        .nonce = {known->nonce[0], known->nonce[1]},
         .header = base,
         .peers = (void *)(at + SHMC_PEERS_OFFSET),
         .segments = (void *)(at + SHMC_SEGMENTS_OFFSET),
@@ -22,6 +29,9 @@ static void lay_out(struct shmc_control *control, void *base, uint64_t bytes, ui
         .slot_count = slot_count,
     };
 }
+
+/* The fields before `state`, which never change once there is a magic: what may be copied, and is then believed. */
+enum { CONSTANT_BYTES = offsetof(struct shmc_header, state) };
 
 static enum shmc_status fill_header(struct shmc_header *header, const struct shmc_control_config *config,
                                     uint64_t bytes)
@@ -42,26 +52,26 @@ static enum shmc_status fill_header(struct shmc_header *header, const struct shm
     header->slot_count = config->slot_count;
     header->peer_count = SHMC_PEER_COUNT;
     header->segment_count = SHMC_SEGMENT_COUNT;
-    SHMC_STEP(CONTROL_STATE_OPEN);
-    shmc_relaxed_store(&header->state, SHMC_ARENA_OPEN);
     return SHMC_OK;
 }
 
 enum shmc_status shmc_control_create(int fd, const struct shmc_control_config *config, struct shmc_control *control)
 {
     uint64_t bytes = shmc_layout_control_bytes(config->slot_count);
+    struct shmc_header known = {0};
     void *base = NULL;
-    enum shmc_status status = shmc_segment_reserve(fd, bytes);
+    enum shmc_status status = fill_header(&known, config, bytes);
+    if (status == SHMC_OK) {
+        status = shmc_segment_reserve(fd, bytes);
+    }
     if (status == SHMC_OK) {
         status = shmc_segment_map(fd, bytes, SHMC_MAP_WRITE, &base);
     }
     if (status == SHMC_OK) {
-        lay_out(control, base, bytes, config->slot_count);
-        status = fill_header(control->header, config, bytes);
-    }
-    if (status != SHMC_OK && base != NULL) {
-        shmc_segment_unmap(base, bytes);
-        *control = (struct shmc_control){0};
+        lay_out(control, base, bytes, &known);
+        memcpy(control->header, &known, CONSTANT_BYTES);
+        SHMC_STEP(CONTROL_STATE_OPEN);
+        shmc_relaxed_store(&control->header->state, SHMC_ARENA_OPEN);
     }
     return status;
 }
@@ -73,13 +83,16 @@ void shmc_control_ready(struct shmc_control *control)
     shmc_release_store(&control->header->magic, SHMC_MAGIC);
 }
 
-/* Checks one page that may have been written by anybody. `file_bytes` is what fstat said. */
-static enum shmc_status check_header(const struct shmc_header *header, uint64_t file_bytes, uint64_t arena_id,
-                                     struct shmc_detail *detail)
+/* Checks one page that may have been written by anybody, and still is: what is good is what was copied to `known`.
+ * `file_bytes` is what fstat said. */
+static enum shmc_status check_header(const struct shmc_header *shared, uint64_t file_bytes, uint64_t arena_id,
+                                     struct shmc_header *known, struct shmc_detail *detail)
 {
     /* pairs with the store in shmc_control_ready */
     SHMC_STEP(CONTROL_OPEN_MAGIC);
-    uint64_t magic = shmc_acquire_load(&header->magic);
+    uint64_t magic = shmc_acquire_load(&shared->magic);
+    shmc_snapshot(known, shared, CONSTANT_BYTES);
+    const struct shmc_header *header = known;
     if (magic == 0) {
         return SHMC_NOT_READY;
     }
@@ -91,7 +104,7 @@ static enum shmc_status check_header(const struct shmc_header *header, uint64_t 
         *detail = (struct shmc_detail){header->format, SHMC_FORMAT};
         return SHMC_BAD_FORMAT;
     }
-    uint32_t slot_count = header->slot_count; /* read once: a hostile writer may change it under us */
+    uint32_t slot_count = header->slot_count;
     if (slot_count == 0 || slot_count > SHMC_SLOT_COUNT_MAX) {
         *detail = (struct shmc_detail){slot_count, SHMC_SLOT_COUNT_MAX};
         return SHMC_BAD_LAYOUT;
@@ -138,20 +151,83 @@ enum shmc_status shmc_control_open(int fd, uint64_t arena_id, struct shmc_contro
     if (status != SHMC_OK) {
         return status;
     }
-    struct shmc_header *header = base;
-    status = check_header(header, file_bytes, arena_id, detail);
-    uint32_t slot_count = header->slot_count;
-    /* the count is used only where it fits the mapping, whatever the header says by now */
-    if (status == SHMC_OK && (slot_count > SHMC_SLOT_COUNT_MAX || shmc_layout_control_bytes(slot_count) > file_bytes)) {
-        *detail = (struct shmc_detail){slot_count, SHMC_SLOT_COUNT_MAX};
-        status = SHMC_BAD_LAYOUT;
-    }
+    struct shmc_header known;
+    status = check_header(base, file_bytes, arena_id, &known, detail);
     if (status != SHMC_OK) {
         shmc_segment_unmap(base, file_bytes);
         return status;
     }
-    lay_out(control, base, file_bytes, slot_count);
+    lay_out(control, base, file_bytes, &known);
     return SHMC_OK;
+}
+
+static enum shmc_status read_exactly(int fd, void *target, uint64_t bytes, struct shmc_detail *detail)
+{
+    for (uint64_t done = 0; done < bytes;) {
+        ssize_t got = pread(fd, (uint8_t *)target + done, bytes - done, (off_t)done);
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got < 0) {
+            return SHMC_ERRNO;
+        }
+        if (got == 0) {
+            *detail = (struct shmc_detail){done, bytes};
+            return SHMC_SEGMENT_SHORT;
+        }
+        done += (uint64_t)got;
+    }
+    return SHMC_OK;
+}
+
+enum shmc_status shmc_control_copy(int fd, struct shmc_control *control, struct shmc_detail *detail)
+{
+    struct shmc_header header, known;
+    uint64_t file_bytes;
+    enum shmc_status status = shmc_segment_size(fd, &file_bytes);
+    if (status == SHMC_OK && file_bytes == 0) {
+        return SHMC_NOT_READY; /* created, not yet reserved */
+    }
+    if (status == SHMC_OK) {
+        status = read_exactly(fd, &header, sizeof header, detail);
+    }
+    if (status == SHMC_OK) {
+        status = check_header(&header, file_bytes, 0, &known, detail);
+    }
+    if (status != SHMC_OK) {
+        return status;
+    }
+    uint64_t bytes = shmc_layout_ring_offset(header.slot_count); /* what messages say is nobody's business */
+    void *base = malloc(bytes);
+    if (base == NULL) {
+        return SHMC_NO_MEMORY;
+    }
+    status = read_exactly(fd, base, bytes, detail);
+    if (status != SHMC_OK) {
+        free(base);
+        return status;
+    }
+    memcpy(base, &header, sizeof header); /* the one that was checked, whatever it is by now */
+    lay_out(control, base, bytes, &known);
+    control->ring = NULL;
+    return SHMC_OK;
+}
+
+void shmc_control_drop_copy(struct shmc_control *control)
+{
+    free(control->header);
+    *control = (struct shmc_control){0};
+}
+
+uint32_t shmc_control_format(int fd)
+{
+    struct shmc_header header = {0};
+    const size_t head = offsetof(struct shmc_header, record_bytes);
+    SHMC_STEP(CONTROL_FORMAT);
+    if (pread(fd, &header, head, 0) != (ssize_t)head) {
+        return 0;
+    }
+    return shmc_relaxed_load(&header.magic) == SHMC_MAGIC ? header.format : 0;
 }
 
 void shmc_control_close(struct shmc_control *control)

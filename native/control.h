@@ -8,6 +8,8 @@
 
 struct shmc_control {
     uint64_t bytes;
+    uint64_t arena_id, max_bytes,
+        nonce[2];               /* as in the header when it was checked: what it says later is not believed */
     struct shmc_header *header; /* also the base of the mapping */
     struct shmc_peer_record *peers;
     struct shmc_segment_record *segments;
@@ -31,6 +33,15 @@ void shmc_control_ready(struct shmc_control *control);
 enum shmc_status shmc_control_open(int fd, uint64_t arena_id, struct shmc_control *control, struct shmc_detail *detail);
 
 void shmc_control_close(struct shmc_control *control);
+
+/* For who only looks, and may only read: a private copy of all but the ring, checked as `shmc_control_open` checks.
+ * What others do to the file meanwhile, cutting it too, can not hurt who looks; words are copied one by one, so what is
+ * being changed at that moment may be seen in part. */
+enum shmc_status shmc_control_copy(int fd, struct shmc_control *control, struct shmc_detail *detail);
+void shmc_control_drop_copy(struct shmc_control *control);
+
+/* The format of what lies there, also of another build's; 0 where there is no header of ours (yet). For who only looks. */
+uint32_t shmc_control_format(int fd);
 
 static inline bool shmc_control_ended(const struct shmc_control *control)
 {

@@ -71,7 +71,8 @@
  * THE LIFE OF A PEER'S BYTE
  *      free --[joiner: lock, incarnation+1, scrub own bits, write record, ready=incarnation]--> joined
  *      joined --[leaver: ready=0, scrub own bits, unmap the lock page]--> free
- *      joined --[death: the kernel drops the lock]--> free --[sweeper: lock, incarnation+1, scrub, unlock]--> free
+ *      joined --[death: the kernel drops the lock]--> free --[sweeper: lock, ready=0, incarnation+1, scrub, unlock]--> free
+ *   A sweeper that is killed midway leaves a byte that is not ready: the next one looks for claims and marks as well.
  *
  * A BELL      condition: whatever the sleeper waits for; another word of the control segment
  *      sleeper p: read rung; set bit p of sleepers; condition true -> go on; else futex-wait while rung is what was read
@@ -123,10 +124,26 @@
  *   The bell `agreed` is rung by whose word was the last (of two that record at once the later store sees both), by
  *   who changes the verdict, and by who ends; who ends rings the other two bells as well.
  *
- * THE LIFE OF AN ARENA
- *      create: open exclusively; lock byte 0; the name is still this inode; reserve; header; magic last
- *      end   : (closing owner, or sweeper that has locked byte 0 and found the name still this inode)
- *              state = ENDED; unlink data segments; unlink control last
+ * THE LIFE OF AN ARENA     explored like the life of a slot; what each order is for is in tests/model/README.md
+ *      create    open exclusively; lock byte 0; the name is still this inode, or begin again with another id; reserve;
+ *                header; map the page that keeps the lock; magic last; only then close the descriptor of the lock
+ *      grow      open exclusively, a number never used before; reserve; map; record: size, no mark, number last
+ *      give back [owner] no block lies there; mark from 0 to RETIRED; punch; number = 0; unlink. The room that this makes
+ *                counts from number = 0 on
+ *      pin       [any peer that maps the segment] find the record by its number; set own bit of mark unless RETIRED is
+ *                set; read the number again, clear the bit if it differs: another segment has come there. Only then
+ *                register the pages; unregister them before the bit is cleared
+ *      end       [owner] state = ENDED; unlink data segments; unlink control last; the byte goes with its page
+ *      sweep     list; open control; lock byte 0, asking whether it is locked is not enough; the name is still this
+ *                inode; state = ENDED; list again, as the owner may have grown; unlink data segments; unlink control
+ *                last; only then let the byte go. What was listed of an arena that has no control by now: unlink
+ *      attach    state is OPEN; set the hold; open the data segment by its number, unless it is mapped; map
+ *   A name is taken away by the owner, or by the one process that has the owner's byte of the file that the control name
+ *   means. Control is there before data and goes after it, so data without control is nobody's, if it was listed before
+ *   the look for control. A list is of names, not of records: a segment has its name before and after it has a record.
+ *   A mapping outlives its name: who reads keeps reading, and what is given back is punched, as unlinking alone frees
+ *   nothing that is mapped. state is ENDED before the first name goes, so a promised block that can not be opened is of an
+ *   arena that has ended.
  */
 #ifndef SHMC_LAYOUT_H
 #define SHMC_LAYOUT_H
@@ -248,7 +265,8 @@ struct shmc_peer_record {
 /* ---- data segments -------------------------------------------------------------------------------------------- */
 
 /* `mark` is one word, so that marking pages as pinned and retiring the segment can not both succeed:
- * bit p: peer p has registered pages of the segment with a GPU driver (set by p, cleared by p or by the scrub);
+ * bit p: peer p has registered pages of the segment with a GPU driver (set by p as in THE LIFE OF AN ARENA, cleared by p
+ * or by the scrub);
  * SHMC_SEGMENT_RETIRED: no block will ever lie here again (set by the owner by compare-and-swap from 0, after which
  * the pages are punched and the name is unlinked; pinned pages are never punched). */
 #define SHMC_SEGMENT_RETIRED (UINT64_C(1) << 63)

@@ -120,16 +120,16 @@ enum shmc_status shmc_member_check(const struct shmc_member *member, uint32_t sl
                                    uint64_t offset_bytes, uint64_t size_bytes, struct shmc_block_view *view,
                                    struct shmc_detail *detail)
 {
-    const struct shmc_record *record = &member->control.records[slot];
-    /* copied once, then checked: what a hostile peer changes later changes nothing here */
+    struct shmc_record record; /* copied once, then checked: what a hostile peer changes later changes nothing here */
+    shmc_snapshot(&record, &member->control.records[slot], sizeof record);
     *view = (struct shmc_block_view){
-        .block_offset = record->offset_bytes,
-        .block_bytes = record->size_bytes,
-        .flags = record->flags,
-        .hash_low = record->hash_low,
-        .hash_high = record->hash_high,
+        .block_offset = record.offset_bytes,
+        .block_bytes = record.size_bytes,
+        .flags = record.flags,
+        .hash_low = record.hash_low,
+        .hash_high = record.hash_high,
     };
-    uint32_t found = record->segment;
+    uint32_t found = record.segment;
     if (found != segment) {
         *detail = (struct shmc_detail){segment, found};
         return SHMC_SEGMENT_MISMATCH;

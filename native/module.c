@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "hash.h"
+#include "metrics.h"
 
 /* ---- exceptions ----------------------------------------------------------------------------------------------------- */
 
@@ -331,6 +332,36 @@ static PyObject *module_inspect(PyObject *module, PyObject *argument)
     return as_fd(argument, &fd) ? inspect_control(PyModule_GetState(module), fd) : NULL;
 }
 
+static PyObject *module_probe(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    int fd;
+    if (!as_fd(argument, &fd)) {
+        return NULL;
+    }
+    return Py_BuildValue("(OI)", shmc_peer_probe(fd, SHMC_OWNER) ? Py_True : Py_False, shmc_control_format(fd));
+}
+
+static PyObject *module_scrub_dead_peers(PyObject *module, PyObject *argument)
+{
+    struct shmc_control control;
+    struct shmc_detail detail = {0, 0};
+    unsigned swept = 0;
+    int fd;
+    if (!as_fd(argument, &fd)) {
+        return NULL;
+    }
+    enum shmc_status status = shmc_control_open(fd, 0, &control, &detail);
+    if (status != SHMC_OK) {
+        return raise_status(PyModule_GetState(module), status, &detail, "scrub dead peers");
+    }
+    if (!shmc_control_ended(&control)) {
+        Py_BEGIN_ALLOW_THREADS swept = shmc_peer_sweep(&control, fd);
+        Py_END_ALLOW_THREADS shmc_metric_add(control.header->metrics, SHMC_METRIC_swept, swept);
+    }
+    shmc_control_close(&control);
+    return PyLong_FromUnsignedLong(swept);
+}
+
 /* ---- the module ---------------------------------------------------------------------------------------------------------- */
 
 static PyMethodDef module_methods[] = {
@@ -348,6 +379,9 @@ static PyMethodDef module_methods[] = {
      "Take the owner's lock through a descriptor; False if it is taken."},
     {"mark_ended", module_mark_ended, METH_O, "Mark the arena behind a descriptor as ended."},
     {"inspect", module_inspect, METH_O, "Look at a control segment without joining."},
+    {"probe", module_probe, METH_O, "(whether a live process has the owner's byte, format of the header or 0)."},
+    {"scrub_dead_peers", module_scrub_dead_peers, METH_O,
+     "Scrub what dead peers of a live arena claim; returns how many there were."},
     {"metric", module_metric, METH_O, "Index of a metric, for the calls of Meter."},
     {NULL, NULL, 0, NULL},
 };

@@ -284,6 +284,22 @@ static bool check_block(MemberObject *self, LeaseObject *lease, uint32_t segment
     return true;
 }
 
+/* Before the pin, which uses up a promise: who has no memory or no descriptor for the mapping may come again when it has.
+ * A segment that is not in service, or whose name is gone, is left to what the pin and the checks after it find. */
+static bool map_beforehand(MemberObject *self, uint32_t number)
+{
+    const struct shmc_member *member = &self->member;
+    if (find_segment(self, number) != NULL || member->control.header == NULL || shmc_member_inherited(member) ||
+        shmc_control_segment(&member->control, number) == NULL || map_through_opener(self, number, false)) {
+        return true;
+    }
+    if (!PyErr_ExceptionMatches(PyExc_FileNotFoundError)) {
+        return false;
+    }
+    PyErr_Clear();
+    return true;
+}
+
 static PyObject *member_attach(MemberObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     uint32_t slot, segment_number;
@@ -296,6 +312,9 @@ static PyObject *member_attach(MemberObject *self, PyObject *const *arguments, P
     PyTypeObject *type = (PyTypeObject *)arguments[0];
     if (!PyType_Check(type) || !PyType_IsSubtype(type, self->state->lease_type)) {
         PyErr_SetString(PyExc_TypeError, "attach: the first argument is not a kind of Lease");
+        return NULL;
+    }
+    if (!map_beforehand(self, segment_number)) {
         return NULL;
     }
     LeaseObject *lease = (LeaseObject *)type->tp_alloc(type, 0);
@@ -315,7 +334,7 @@ static PyObject *member_attach(MemberObject *self, PyObject *const *arguments, P
     }
     if (status != SHMC_OK) {
         snprintf(action, sizeof action, "attach block %u of arena %016llx", slot,
-                 (unsigned long long)self->member.control.header->arena_id);
+                 (unsigned long long)self->member.control.arena_id);
         raise_status(self->state, status, &detail, action);
         Py_CLEAR(lease);
     } else if (!check_block(self, lease, segment_number, "attach block")) {
@@ -477,18 +496,18 @@ static PyObject *member_get_incarnation(MemberObject *self, void *Py_UNUSED(clos
 
 static PyObject *member_get_arena_id(MemberObject *self, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(self->member.control.header->arena_id);
+    return PyLong_FromUnsignedLongLong(self->member.control.arena_id);
 }
 
 static PyObject *member_get_nonce(MemberObject *self, void *Py_UNUSED(closure))
 {
-    const struct shmc_header *header = self->member.control.header;
-    return PyBytes_FromStringAndSize((const char *)header->nonce, sizeof header->nonce);
+    const struct shmc_control *control = &self->member.control;
+    return PyBytes_FromStringAndSize((const char *)control->nonce, sizeof control->nonce);
 }
 
 static PyObject *member_get_max_bytes(MemberObject *self, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(self->member.control.header->max_bytes);
+    return PyLong_FromUnsignedLongLong(self->member.control.max_bytes);
 }
 
 static PyObject *member_get_ended(MemberObject *self, void *Py_UNUSED(closure))

@@ -15,12 +15,14 @@ struct terms {
     bool hashed;
 };
 
-/* count, tokens, keep, timeout_ns[, hashed] */
+/* count, tokens (None: everybody who has joined), keep, timeout_ns[, hashed] */
 static bool as_terms(PyObject *const *arguments, Py_ssize_t count, struct terms *terms)
 {
     uint32_t anonymous;
     uint64_t timeout_ns;
-    if (!as_u32(arguments[0], &anonymous) || !as_tokens(arguments[1], &terms->tokens) ||
+    bool everyone = arguments[1] == Py_None;
+    terms->tokens.count = 0;
+    if (!as_u32(arguments[0], &anonymous) || (!everyone && !as_tokens(arguments[1], &terms->tokens)) ||
         !as_u64(arguments[3], &timeout_ns)) {
         return false;
     }
@@ -38,6 +40,7 @@ static bool as_terms(PyObject *const *arguments, Py_ssize_t count, struct terms 
     terms->terms = (struct shmc_terms){
         .tokens = terms->tokens.values,
         .token_count = terms->tokens.count,
+        .everyone = everyone,
         .anonymous = anonymous,
         .keep = keep,
         .timeout_ns = timeout_ns,
@@ -294,9 +297,8 @@ static PyObject *owner_alias(OwnerObject *self, PyObject *const *arguments, Py_s
     if (status != SHMC_OK) {
         return owner_raise(self, status, &detail, "publish block again");
     }
-    const struct shmc_record *record = &self->member->member.control.records[published.slot];
-    shmc_hash128 hash = {record->hash_low, record->hash_high};
-    return published_tuple(&published, (record->flags & SHMC_RECORD_HASHED) != 0 ? &hash : NULL);
+    shmc_hash128 hash = {published.hash_low, published.hash_high};
+    return published_tuple(&published, published.hashed ? &hash : NULL);
 }
 
 /* ---- Owner: the end of blocks ---------------------------------------------------------------------------------------------- */

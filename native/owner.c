@@ -212,10 +212,11 @@ uint64_t shmc_owner_reclaim(struct shmc_owner *owner, bool revoke)
             revoke_late(owner, slot, now_ns);
         }
         /* Relaxed first, as nearly every slot in use has claims; then the look that pairs with clear_bits in slots.c:
-         * the last reader's accesses to the block come before ours. */
+         * the last reader's accesses to the block come before ours. What this process holds itself it knows better than
+         * a word that anybody may have written. */
         SHMC_STEP(RECLAIM_SEE);
         if ((shmc_relaxed_load(&words[slot]) & SHMC_CLAIMS) == 0 && owner->slots[slot].block != SHMC_NO_BLOCK &&
-            (shmc_seq_load(&words[slot]) & SHMC_CLAIMS) == 0) {
+            owner->member->leases[slot] == 0 && (shmc_seq_load(&words[slot]) & SHMC_CLAIMS) == 0) {
             freed += forget_slot(owner, slot);
         }
     }
@@ -235,7 +236,7 @@ enum shmc_status shmc_owner_take(struct shmc_owner *owner, uint64_t size_bytes, 
         return status;
     }
     *detail = (struct shmc_detail){size_bytes, owner->used_bytes};
-    if (size_bytes > owner->member->control.header->max_bytes) {
+    if (size_bytes > owner->member->control.max_bytes) {
         return SHMC_NO_SPACE;
     }
     uint64_t grain = size_bytes >= SHMC_OWN_PAGES_BYTES ? SHMC_PAGE_BYTES : SHMC_BLOCK_ALIGN_BYTES;
@@ -259,13 +260,18 @@ void shmc_owner_drop(struct shmc_owner *owner, uint32_t block)
 
 /* Write down in private memory what was just published. */
 static void remember(struct shmc_owner *owner, uint32_t slot, uint32_t block, uint64_t granted,
-                     const struct shmc_terms *terms)
+                     const struct shmc_publication *publication, const struct shmc_terms *terms)
 {
     bool lasts = terms->timeout_ns == 0;
     uint64_t default_ns = UINT64_C(60) * 1000000000u; /* for what readers pass on of a publication without deadline */
     owner->slots[slot] = (struct shmc_slot_private){
         .block = block,
         .kept = terms->keep,
+        .flags = publication->flags,
+        .generation = publication->generation,
+        .size_bytes = publication->size_bytes,
+        .hash_low = publication->hash_low,
+        .hash_high = publication->hash_high,
         .deadline_ns = lasts ? UINT64_MAX : shmc_clock_deadline(terms->timeout_ns),
         .timeout_ns = lasts ? default_ns : terms->timeout_ns,
         .lasting = lasts ? granted | (terms->anonymous != 0 ? SHMC_T : 0) : 0,
@@ -300,13 +306,14 @@ static enum shmc_status publish_slot(struct shmc_owner *owner, uint32_t block, s
     publication->held = terms->keep;
     publication->tokens = terms->tokens;
     publication->token_count = terms->token_count;
+    publication->everyone = terms->everyone;
     status = shmc_slot_publish(&owner->member->control, slot, publication, &granted, detail);
     if (status != SHMC_OK) {
         return status;
     }
     owner->free_slot_count--;
     owner->generation++;
-    remember(owner, slot, block, granted, terms);
+    remember(owner, slot, block, granted, publication, terms);
     shmc_atomic_u64 *metrics = metrics_of(owner);
     shmc_metric_add(metrics, SHMC_METRIC_published, 1);
     shmc_metric_add(metrics, SHMC_METRIC_published_bytes, publication->size_bytes);
@@ -315,8 +322,11 @@ static enum shmc_status publish_slot(struct shmc_owner *owner, uint32_t block, s
     *published = (struct shmc_published){
         .generation = owner->generation,
         .offset_bytes = publication->offset_bytes,
+        .hash_low = publication->hash_low,
+        .hash_high = publication->hash_high,
         .slot = slot,
         .segment = publication->segment,
+        .hashed = (publication->flags & SHMC_RECORD_HASHED) != 0,
     };
     return SHMC_OK;
 }
@@ -340,10 +350,8 @@ enum shmc_status shmc_owner_publish(struct shmc_owner *owner, uint32_t block, ui
 
 static struct shmc_slot_private *find_slot(struct shmc_owner *owner, uint32_t slot, uint64_t generation)
 {
-    const struct shmc_control *control = &owner->member->control;
-    SHMC_STEP(OWNER_GENERATION_SEE);
-    if (usable(owner) != SHMC_OK || slot >= control->slot_count || owner->slots[slot].block == SHMC_NO_BLOCK ||
-        shmc_relaxed_load(&control->records[slot].generation) != generation) { /* only we write it */
+    if (usable(owner) != SHMC_OK || slot >= owner->member->control.slot_count ||
+        owner->slots[slot].block == SHMC_NO_BLOCK || owner->slots[slot].generation != generation) {
         return NULL;
     }
     return &owner->slots[slot];
@@ -359,18 +367,16 @@ enum shmc_status shmc_owner_alias(struct shmc_owner *owner, uint32_t slot, uint6
         *detail = (struct shmc_detail){generation, owner->generation};
         return status != SHMC_OK ? status : SHMC_STALE;
     }
-    /* Not taken back by us yet, so the bytes are what they were, claims or no claims. The block's own extent is private;
-     * size and hash lie in the record, which a hostile peer may have changed: the size is bounded by the extent. */
+    /* Not taken back by us yet, so the bytes are what they were, claims or no claims. All of it from private memory: the
+     * record in shared memory may say anything by now. */
     const struct shmc_extent *extent = &owner->blocks.extents[private->block];
-    const struct shmc_record *record = &owner->member->control.records[slot];
-    uint64_t size_bytes = record->size_bytes <= extent->size_bytes ? record->size_bytes : extent->size_bytes;
     struct shmc_publication publication = {
         .offset_bytes = extent->offset_bytes,
-        .size_bytes = size_bytes,
+        .size_bytes = private->size_bytes,
         .segment = owner->segments[extent->segment].number,
-        .flags = record->flags,
-        .hash_low = record->hash_low,
-        .hash_high = record->hash_high,
+        .flags = private->flags,
+        .hash_low = private->hash_low,
+        .hash_high = private->hash_high,
     };
     status = publish_slot(owner, private->block, &publication, terms, published, detail);
     if (status == SHMC_OK) {

@@ -18,8 +18,10 @@ struct shmc_data_segment {
 
 /* What only the owner knows of a slot in use. */
 struct shmc_slot_private {
-    uint32_t block;       /* SHMC_NO_BLOCK: the slot is not in use */
-    bool kept;            /* one of the member's leases on it is the arena's own */
+    uint32_t block; /* SHMC_NO_BLOCK: the slot is not in use */
+    bool kept;      /* one of the member's leases on it is the arena's own */
+    uint32_t flags; /* what the record said when it was published, here and below */
+    uint64_t generation, size_bytes, hash_low, hash_high;
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; unclaimed grants may be revoked past it; UINT64_MAX: never */
     uint64_t timeout_ns;  /* to start the deadline again after a pass-on */
     uint64_t lasting;     /* claims that no deadline ends */
@@ -41,14 +43,16 @@ struct shmc_owner {
 struct shmc_terms {
     const uint64_t *tokens;
     uint32_t token_count;
+    bool everyone;      /* in place of tokens: whoever has joined */
     uint32_t anonymous; /* readers=n */
     bool keep;
     uint64_t timeout_ns; /* 0: unclaimed grants last */
 };
 
 struct shmc_published {
-    uint64_t generation, offset_bytes;
+    uint64_t generation, offset_bytes, hash_low, hash_high;
     uint32_t slot, segment;
+    bool hashed;
 };
 
 enum shmc_status shmc_owner_init(struct shmc_owner *owner, struct shmc_member *member);

@@ -217,6 +217,22 @@ void shmc_peer_leave(struct shmc_control *control, unsigned p)
     scrub(control, p);
 }
 
+/* Whether a scrub of p is not done: one that was killed midway has made the byte not ready, and its marks come last. */
+static bool has_left(const struct shmc_control *control, unsigned p)
+{
+    SHMC_STEP(SWEEP_SEE);
+    if (shmc_acquire_load(&control->peers[p].ready) != 0 || shmc_slot_claimed_by(control, p)) {
+        return true;
+    }
+    for (unsigned i = 0; i < SHMC_SEGMENT_COUNT; i++) {
+        SHMC_STEP(SWEEP_MARK_SEE);
+        if ((shmc_seq_load(&control->segments[i].mark) & SHMC_HOLD(p)) != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 unsigned shmc_peer_sweep(struct shmc_control *control, int fresh_fd)
 {
     unsigned swept = 0;
@@ -226,14 +242,23 @@ unsigned shmc_peer_sweep(struct shmc_control *control, int fresh_fd)
         if (incarnation == 0 || !shmc_peer_lock(fresh_fd, p)) {
             continue; /* never used, or alive */
         }
-        SHMC_STEP(SWEEP_SEE);
-        if (shmc_acquire_load(&control->peers[p].ready) != 0 || shmc_slot_claimed_by(control, p)) {
+        if (has_left(control, p)) {
             shmc_peer_leave(control, p);
             swept++;
         }
         shmc_peer_unlock(fresh_fd, p);
     }
     return swept;
+}
+
+bool shmc_peer_joined(const struct shmc_control *control, unsigned p, uint32_t *incarnation)
+{
+    const struct shmc_peer_record *record = &control->peers[p];
+    SHMC_STEP(FIND_INCARNATION);
+    *incarnation = shmc_seq_load(&record->incarnation);
+    /* pairs with the store in shmc_peer_take_over: the record belongs to this incarnation */
+    SHMC_STEP(FIND_TOKEN);
+    return *incarnation != 0 && shmc_acquire_load(&record->ready) == *incarnation;
 }
 
 int shmc_peer_find(const struct shmc_control *control, uint64_t token, uint32_t *incarnation)

@@ -33,6 +33,9 @@ void shmc_peer_leave(struct shmc_control *control, unsigned p);
 /* Scrub every dead peer other than the owner, through a fresh descriptor; returns how many there were. */
 unsigned shmc_peer_sweep(struct shmc_control *control, int fresh_fd);
 
+/* Whether a process has joined as p, alive or not; `incarnation` as below. */
+bool shmc_peer_joined(const struct shmc_control *control, unsigned p, uint32_t *incarnation);
+
 /* Index of the joined process with that token; -1 where there is none. `incarnation` is what a grant is given against. */
 int shmc_peer_find(const struct shmc_control *control, uint64_t token, uint32_t *incarnation);
 

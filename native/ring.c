@@ -139,8 +139,8 @@ bool shmc_ring_has_more(const struct shmc_ring *ring)
 enum shmc_status shmc_ring_look(const struct shmc_ring *ring, struct shmc_ring_piece *piece, struct shmc_detail *detail)
 {
     const struct shmc_ring_entry *entry = &control_of(ring)->ring->entries[ring->position % SHMC_RING_ENTRIES];
-    struct shmc_ring_entry head; /* copied once, then checked */
-    memcpy(&head, entry, offsetof(struct shmc_ring_entry, payload));
+    struct shmc_ring_entry head; /* copied once, then checked; without the payload */
+    shmc_snapshot(&head, entry, offsetof(struct shmc_ring_entry, payload));
     if (head.number != ring->position) {
         *detail = (struct shmc_detail){head.number, ring->position};
         return SHMC_RING_NUMBER;

@@ -41,6 +41,12 @@ static enum shmc_status find_targets(const struct shmc_control *control, const s
                                      struct target *targets, uint32_t *count, struct shmc_detail *detail)
 {
     *count = 0;
+    for (unsigned p = SHMC_OWNER + 1; publication->everyone && p < SHMC_PEER_COUNT; p++) {
+        uint32_t incarnation;
+        if (shmc_peer_joined(control, p, &incarnation)) {
+            targets[(*count)++] = (struct target){p, incarnation};
+        }
+    }
     for (uint32_t i = 0; i < publication->token_count; i++) {
         uint32_t incarnation;
         int p = shmc_peer_find(control, publication->tokens[i], &incarnation);

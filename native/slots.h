@@ -15,6 +15,7 @@ struct shmc_publication {
     bool held;              /* the owner holds from the start */
     const uint64_t *tokens; /* processes that get a grant each */
     uint32_t token_count;
+    bool everyone; /* and to everybody who has joined by now, but the owner; in place of tokens */
 };
 
 /* [owner] FREE -> CLAIMED. PEER_LOST where a target has not joined: nothing is published. A target that dies in between

@@ -20,6 +20,7 @@
     X(104, CONTROL_OPEN_MAGIC, "open: reads the magic")                                        \
     X(105, CONTROL_END, "end: marks the arena as ended")                                       \
     X(106, CONTROL_FIND_SEGMENT, "looks for the record of a data segment")                     \
+    X(107, CONTROL_FORMAT, "probe: reads magic and format, is it an arena of ours")            \
     X(151, ENDED_SEE, "reads whether the arena has ended")                                     \
     /* peers.c */                                                                              \
     X(201, TOKEN_MAP, "token: maps the page that children find empty")                         \
@@ -41,13 +42,14 @@
     X(217, TAKE_READY, "takeover: the byte is ready")                                          \
     X(218, LEAVE_NOT_READY, "leave, sweep: the byte is no longer ready")                       \
     X(219, SWEEP_INCARNATION, "sweep: reads the incarnation, was it ever used")                \
-    X(220, SWEEP_SEE, "sweep: reads whether the dead peer had been ready or has claims left")  \
+    X(220, SWEEP_SEE, "sweep: reads whether the dead peer had been ready")                     \
     X(221, FIND_INCARNATION, "find: reads the incarnation of a byte")                          \
     X(222, FIND_TOKEN, "find: reads readiness and token of the byte")                          \
     X(223, PEER_LOCK, "takes the lock of a byte, or sees that it is taken")                    \
     X(224, PEER_UNLOCK, "drops the lock of a byte")                                            \
     X(225, PEER_PROBE, "asks whether the lock of a byte is taken")                             \
     X(226, TAKE_DESCRIBE, "takeover: writes pid, start time and command")                      \
+    X(227, SWEEP_MARK_SEE, "sweep: reads a data segment's mark, has the dead peer left its own") \
     /* slots.c */                                                                              \
     X(301, FREED_SEE, "release: does the owner wait for space")                                \
     X(302, FREED_ADD, "release: counts the notice")                                            \
@@ -87,7 +89,6 @@
     X(404, RETIRE_NUMBER, "retire: the segment is not known any more")                         \
     X(405, REVOKE_X_SEE, "reclaim: reads whether a lasting promise was passed on")             \
     X(406, RECLAIM_SEE, "reclaim: reads a word, has it claims")                                \
-    X(407, OWNER_GENERATION_SEE, "reads the generation that it wrote itself")                  \
     X(408, WAIT_FREED_SEE, "waits for space: reads the count of notices")                      \
     X(409, WAIT_FREED_WAITING, "waits for space: says so")                                     \
     X(410, WAIT_FREED_SLEEP, "waits for space: sleeps")                                        \
@@ -163,7 +164,7 @@
     X(1003, NAME_UNLINK, "takes the name of a segment away")                                   \
     X(1004, NAME_IS_CURRENT, "asks whether a name still means the file that was opened")       \
     X(1005, NAME_LIST, "lists the segments that exist")                                        \
-    X(1006, NAME_SIZE, "asks for the length of a segment by its name")
+    X(1006, NAME_SIZE, "asks what a name is: kind, owner, length")
 /* clang-format on */
 
 enum shmc_step {

@@ -51,9 +51,20 @@ def take_owner_byte(fd: int, /) -> bool:
 def mark_ended(fd: int, /) -> bool:
     """Mark the arena behind ``fd`` as ended, by who has taken its owner byte. False where there is no header yet."""
 
+def probe(fd: int, /) -> tuple[bool, int]:
+    """``(whether a live process has the owner's byte, format)`` of a control segment, through a fresh descriptor, which
+    may be open for reading alone. Format 0: no header of ours, or not yet. Takes no lock and maps nothing."""
+
+def scrub_dead_peers(fd: int, /) -> int:
+    """End the claims of every dead peer of a live arena, as any of its peers may, without joining. ``fd``: a fresh
+    descriptor of the control segment, open for writing. Returns how many there were. Raises as `inspect` does."""
+
 def inspect(fd: int, /) -> dict[str, Any]:
     """Look at a control segment without joining: header, metrics, peers (with liveness by lock), blocks by state.
-
+    ``fd`` may be open for reading alone. All is read from a private copy: a file that is cut meanwhile is an error, and
+    what is being changed at that moment may be seen in part. Of the blocks that are ``"claimed"``: ``"held"`` by somebody,
+    ``"granted"`` to somebody who has not come yet, of which ``"awaited"`` by anybody and ``"entrusted"`` to the owner until
+    a deadline; of each peer ``"holds"``, ``"held_bytes"`` and ``"grants"``.
     ``"metrics"`` are the words of the block, as `METRICS` lays them out."""
 
 METRICS: Final[tuple[tuple[str, str, int, str], ...]]
@@ -220,14 +231,16 @@ class Reservation:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def nbytes(self) -> int: ...
-    def seal(self, count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, hashed: bool, /) -> Published: ...
+    def seal(
+        self, count: int, tokens: Sequence[int] | None, keep: bool, timeout_ns: int, hashed: bool, /
+    ) -> Published: ...
     def abort(self) -> None: ...
 
 class Owner:
     """Publisher's side of an arena: allocator, slots, deadlines; all of it private memory of this process.
 
     ``count``: anonymous claims (readers=n, 0 for none). ``tokens``: processes that get a grant each; PeerLostError where
-    one has not joined or died meanwhile. ``keep``: the arena itself holds the block until `release`. ``timeout_ns``: how
+    one has not joined or died meanwhile; None: whoever has joined, and nobody is missed. ``keep``: the arena itself holds the block until `release`. ``timeout_ns``: how
     long unclaimed grants are in force; 0: for ever. Every call first takes back what became free."""
 
     def __init__(self, member: Member, /) -> None: ...
@@ -241,14 +254,21 @@ class Owner:
         """``(number, size_bytes, used_bytes, idle_since_ns)`` of live segments; idle_since_ns is 0 unless used_bytes is 0."""
 
     def publish(
-        self, buffer: Buffer, count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, hashed: bool, /
+        self, buffer: Buffer, count: int, tokens: Sequence[int] | None, keep: bool, timeout_ns: int, hashed: bool, /
     ) -> Published | None: ...
     def publish_many(
-        self, buffers: Sequence[Buffer], count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, hashed: bool, /
+        self,
+        buffers: Sequence[Buffer],
+        count: int,
+        tokens: Sequence[int] | None,
+        keep: bool,
+        timeout_ns: int,
+        hashed: bool,
+        /,
     ) -> list[Published] | None: ...
     def reserve(self, nbytes: int, /) -> Reservation | None: ...
     def alias(
-        self, slot: int, generation: int, count: int, tokens: Sequence[int], keep: bool, timeout_ns: int, /
+        self, slot: int, generation: int, count: int, tokens: Sequence[int] | None, keep: bool, timeout_ns: int, /
     ) -> Published:
         """Publish the same bytes again under a new generation. StaleHandleError where the block is gone."""
 

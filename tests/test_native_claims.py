@@ -20,6 +20,7 @@ from shmcast.errors import (
 )
 
 AT_ONCE = 1  # ns: past by the time that anybody looks
+SEGMENT_MARK = 12288 + 16  # of the first data segment's record
 
 
 @pytest.fixture
@@ -552,3 +553,19 @@ def test_an_owner_that_waits_is_woken_by_a_release(raw, start):
     while raw.used():  # a notice may have come before the wait: the look is what counts
         raw.owner.wait_freed(10_000_000)
     assert one.receive() == "released"
+
+
+def test_a_sweep_that_was_killed_before_the_marks_is_finished(raw, child) -> None:
+    """What a peer has pinned is never given back, so its marks are looked for even where nothing else of it is left."""
+    reader = child(peer, raw.namespace, raw.id)
+    index, _ = reader.receive()
+    reader.kill()
+    assert raw.member.sweep_peers() == 1
+    fd = raw.open(0)
+    with mmap.mmap(fd, 0) as control:
+        os.close(fd)
+        control[SEGMENT_MARK : SEGMENT_MARK + 8] = (1 << index).to_bytes(8, "little")
+        assert not raw.owner.retire_segment(1)
+        assert raw.member.sweep_peers() == 1
+        assert raw.member.sweep_peers() == 0
+        assert raw.owner.retire_segment(1)
