@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Readers: TypeAlias = int | str | Iterable[Peer]
-Terms: TypeAlias = tuple[int, tuple[Peer, ...], bool, int, bool]
+Terms: TypeAlias = tuple[int, tuple[Peer, ...] | None, bool, int, bool]
 """(anonymous readers, named readers, keep, ns that unclaimed grants are in force, hash it)"""
 
 
@@ -37,6 +37,7 @@ class _AsCreated:
 DEFAULT: Any = _AsCreated()
 _CREATE_ATTEMPTS = 8
 _WAIT_SLICE_S = 0.05  # a release is noticed at once; deaths and deadlines are seen at the next look
+_SWEEP_AGAIN_S = 1.0  # while the host stays full
 _FOR_EVER = 1 << 62
 _new = tuple.__new__
 _PUBLISH_NS = _native.metric("publish_ns")
@@ -64,6 +65,7 @@ class Arena:
         self._segments = segments
         self._grant_timeout_ns = grant_timeout_ns
         self._closed = False
+        self._sweep_again = 0.0
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
         # Bytes that may be published before it is time to see whether the arena should grow ahead.
@@ -78,6 +80,7 @@ class Arena:
         max_blocks: int = 16384,
         grant_timeout: float | None = 60.0,
         idle_timeout: float = 60.0,
+        mode: int = 0o600,
     ) -> "Arena":
         """A new arena with one data segment, reserved and prefaulted.
 
@@ -85,7 +88,8 @@ class Arena:
         concurrent requests times bytes a request. ``segment_bytes``: by how much it grows (default: an eighth of
         ``max_bytes``, 16 MiB to 1 GiB). ``max_blocks``: published arrays alive at once. ``grant_timeout``: seconds
         after which what nobody has attached may be taken back, None: never. ``idle_timeout``: seconds after which an
-        unused data segment is given back to the host.
+        unused data segment is given back to the host. ``mode``: 0o660 lets all processes of the owner's group join, which
+        may then do all that README's "Security" says of peers; 0o600, those of the same user alone.
 
         Raises ArenaFullError where /dev/shm is too small, ArenaError, ValueError."""
         namespace = names.default_namespace() if namespace is None else names.check_namespace(namespace)
@@ -101,17 +105,19 @@ class Arena:
             raise ValueError(f"max_blocks {max_blocks}: 1 to {_native.SLOT_COUNT_MAX} are possible")
         grant_ns = _timeout_ns("grant_timeout", grant_timeout)
         idle_ns = _timeout_ns("idle_timeout", idle_timeout)
+        names.check_mode(mode)
         with process.fork_guard:
-            sweep(namespace)
-            member = _create_control(namespace, limit, max_blocks)
-        segments = growth.Segments(_native.Owner(member), namespace, member.arena_id, limit, step, idle_ns)
+            sweep(namespace, peers=False)
+            member = _create_control(namespace, limit, max_blocks, mode)
+        data_mode = names.data_mode(mode)
+        segments = growth.Segments(_native.Owner(member), namespace, member.arena_id, limit, step, idle_ns, data_mode)
         arena = Arena(namespace, member, segments, grant_ns)
         try:
             segments.add(step)
         except BaseException as error:
             arena.close()
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise growth.host_full(f"create arena in namespace {namespace}: reserve", step) from None
+            if isinstance(error, OSError) and not isinstance(error, ArenaError):
+                raise growth.refused(f"create arena in namespace {namespace}: reserve", step, error) from None
             raise
         process.adopt(arena._head, member)
         return arena
@@ -348,12 +354,13 @@ class Arena:
         if isinstance(readers, str):
             if readers != "all":
                 raise ValueError(f"publish: readers is a number, process tokens or 'all', not {readers!r}")
-            tokens = self.peers
-        else:
-            own = _native.process_token()
-            tokens = tuple([token for token in readers if token != own])
-            if not all(isinstance(token, int) and 0 <= token < 1 << 64 for token in tokens):
-                raise ValueError(f"publish: readers={tokens!r} are not all process tokens, 64-bit integers")
+            if not keep and not self.peers:
+                raise ValueError("publish: readers='all', but nobody else has joined, and keep is False")
+            return 0, None, keep, grant_ns, hashed  # None: whoever is there at the exchange
+        own = _native.process_token()
+        tokens = tuple([token for token in readers if token != own])
+        if not all(isinstance(token, int) and 0 <= token < 1 << 64 for token in tokens):
+            raise ValueError(f"publish: readers={tokens!r} are not all process tokens, 64-bit integers")
         if not tokens and not keep:
             raise ValueError(
                 f"publish: readers={readers!r} names no other process and keep is False: nobody would hold it"
@@ -424,9 +431,11 @@ class Arena:
                         result = attempt()
                     except ArenaFullError:
                         continue
+                    except ArenaError:
+                        raise
                     except OSError as error:
                         if error.errno != errno.ENOSPC:
-                            raise
+                            raise growth.refused(f"{action} in {self!r}: room for", nbytes, error) from None
                         host_is_full = True
                         continue
                     if result is not None:
@@ -449,8 +458,22 @@ class Arena:
 
     def _grow(self, nbytes: int) -> None:
         stats = self._owner.stats()
-        if stats and stats["slots_used"] < stats["slots"] and self._segments.grow(nbytes):
+        if stats and stats["slots_used"] < stats["slots"] and self._grow_or_sweep(nbytes):
             self._start_keeper()
+
+    def _grow_or_sweep(self, nbytes: int) -> bool:
+        try:
+            return self._segments.grow(nbytes)
+        except ArenaFullError:
+            raise
+        except OSError as error:  # the host has no room: what the dead have left is in the way
+            now = time.monotonic()
+            if error.errno != errno.ENOSPC or now < self._sweep_again:
+                raise
+            self._sweep_again = now + _SWEEP_AGAIN_S
+            if not sweep(self.namespace).segments:
+                raise
+        return self._segments.grow(nbytes)
 
     def _spend(self, nbytes: int) -> None:
         self._credit -= nbytes
@@ -495,15 +518,17 @@ def _keep(arena: "weakref.ref[Arena]", wake: threading.Event) -> None:
         del strong
 
 
-def _create_control(namespace: str, max_bytes: int, max_blocks: int) -> _native.Member:
+def _create_control(namespace: str, max_bytes: int, max_blocks: int, mode: int) -> _native.Member:
     """A control segment of our own, ready for others; a sweeper that takes it for dead before we have locked it wins."""
     for _ in range(_CREATE_ATTEMPTS):
         arena = secrets.randbits(63) + 1
         name = names.segment_name(namespace, arena, names.CONTROL)
         try:
-            map_fd = names.create(name)
+            map_fd = names.create(name, mode)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise names.failed(f"create arena in namespace {namespace}: create {name}", error) from None
         lock_fd = -1
         try:
             # A description of its own, so that nothing that a forked child inherits keeps the lock.
@@ -518,10 +543,9 @@ def _create_control(namespace: str, max_bytes: int, max_blocks: int) -> _native.
             continue
         except BaseException as error:
             names.unlink(name)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise growth.host_full(
-                    f"create arena in namespace {namespace}: control segment for", max_blocks * 72
-                ) from None
+            if isinstance(error, OSError) and not isinstance(error, ArenaError):
+                action = f"create arena in namespace {namespace}: control segment for"
+                raise growth.refused(action, max_blocks * 72, error) from None
             raise
         finally:
             os.close(map_fd)

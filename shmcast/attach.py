@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from . import _native, arrays, process, tensors
+from . import _native, arrays, names, process, tensors
 from .errors import ArenaError, ArenaGoneError, HandleError, IntegrityError, StaleHandleError
 from .handle import Handle, array_digest, list_digest
 
@@ -170,10 +170,8 @@ def attach(handle: "Handle | bytes | bytearray | memoryview", *, verify: bool = 
 
 def _attach_anew(handle: Handle, member: _native.Member | None, error: OSError) -> Lease:
     """A membership that is no good any more is made again, once; what fails then fails for good."""
-    if member is None:
-        raise error
     try:
-        if member.inherited or member.ended:
+        if member is not None and (member.inherited or member.ended):
             member = process.join(handle[:3])
             return member.attach(Lease, handle.slot, handle.generation, handle.segment, handle.offset, handle.nbytes)
         raise error
@@ -184,7 +182,7 @@ def _attach_anew(handle: Handle, member: _native.Member | None, error: OSError) 
     except ArenaError:
         raise
     except OSError as failure:
-        raise ArenaError(failure.errno, f"attach {handle!r}: {failure.strerror or failure}") from failure
+        raise names.failed(f"attach {handle!r}", failure) from failure
 
 
 def _wrong_size(handle: Handle, found: int) -> HandleError:

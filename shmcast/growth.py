@@ -2,13 +2,16 @@
 
 import errno
 import os
+import secrets
 import threading
 
 from . import _native, names
-from .errors import ArenaFullError
+from .errors import ArenaError, ArenaFullError
 from .sizes import format_bytes
 
 SEGMENT_LEAST = 16 << 20
+_CREATE_ATTEMPTS = 8
+_SKIP = 1 << 20
 SEGMENT_MOST = 1 << 30
 _WAKE_LEAST = 1 << 20
 
@@ -27,7 +30,14 @@ class Segments:
     """The data segments of an arena. `lock` is held by whoever changes them."""
 
     def __init__(
-        self, owner: _native.Owner, namespace: str, arena: int, max_bytes: int, segment_bytes: int, idle_ns: int
+        self,
+        owner: _native.Owner,
+        namespace: str,
+        arena: int,
+        max_bytes: int,
+        segment_bytes: int,
+        idle_ns: int,
+        mode: int = 0o600,
     ) -> None:
         self.owner = owner
         self.namespace = namespace
@@ -35,8 +45,11 @@ class Segments:
         self.max_bytes = max_bytes
         self.segment_bytes = segment_bytes
         self.idle_ns = idle_ns
+        self.mode = mode
         self.lock = threading.RLock()
         self._number = 0
+        self._made: set[int] = set()
+        """Numbers of the names that there are, or may be."""
 
     def name(self, number: int) -> str:
         return names.segment_name(self.namespace, self.arena, number)
@@ -51,18 +64,35 @@ class Segments:
 
         OSError with ENOSPC where /dev/shm has no room, ArenaFullError where the format has none; nothing is left then."""
         with self.lock:
-            self._number += 1
-            name = self.name(self._number)
-            fd = names.create(name)
+            number, fd = self._create()
             try:
-                self.owner.add_segment(self._number, fd, size)
+                self.owner.add_segment(number, fd, size)
             except BaseException:
                 # A signal's exception may come when the segment is in service already.
-                if self._number not in [number for number, *_ in self.owner.segments()]:
-                    names.unlink(name)
+                if number not in [known for known, *_ in self.owner.segments()]:
+                    self._unlink(number)
                 raise
             finally:
                 os.close(fd)
+
+    def _create(self) -> tuple[int, int]:
+        """Number and descriptor of a new segment. Names that a stranger has taken are passed over, the next ones too: who
+        sees the arena's id can take what comes next, but not what nobody can guess."""
+        attempts = _CREATE_ATTEMPTS
+        while True:
+            self._number += 1 if attempts == _CREATE_ATTEMPTS else 1 + secrets.randbelow(_SKIP)
+            self._made.add(self._number)  # before there is such a name, as a signal may come right behind
+            attempts -= 1
+            try:
+                return self._number, names.create(self.name(self._number), self.mode)
+            except OSError as error:
+                self._made.discard(self._number)  # not ours to unlink
+                if not attempts or not isinstance(error, FileExistsError):
+                    raise
+
+    def _unlink(self, number: int) -> None:
+        names.unlink(self.name(number))
+        self._made.discard(number)
 
     def grow(self, nbytes: int) -> bool:
         """Add a segment that a block of ``nbytes`` fits in; idle segments make way for it if need be. False where the
@@ -94,7 +124,7 @@ class Segments:
         with self.lock:
             if not self.owner.retire_segment(number):
                 return False
-            names.unlink(self.name(number))
+            self._unlink(number)
             return True
 
     def retire_idle(self, now_ns: int) -> int | None:
@@ -137,8 +167,9 @@ class Segments:
     def unlink_all(self) -> None:
         """End of the arena: data segments first, the control segment last."""
         with self.lock:
-            for number in range(self._number, -1, -1):
-                names.unlink(self.name(number))
+            for number in sorted(self._made, reverse=True):
+                self._unlink(number)
+            names.unlink(self.name(names.CONTROL))
 
     def full(self, action: str, nbytes: int, waited: float) -> ArenaFullError:
         """The error that says how full the arena is and what to do."""
@@ -156,6 +187,13 @@ class Segments:
             + (f", waited {waited:.3f} s" if waited else "")
             + f"; {advice}",
         )
+
+
+def refused(action: str, nbytes: int, error: OSError) -> ArenaError:
+    """The error for what the host did not give: room in /dev/shm, or something that a limit of the process forbids."""
+    if error.errno == errno.ENOSPC:
+        return host_full(action, nbytes)
+    return names.failed(f"{action} {format_bytes(nbytes)}", error)
 
 
 def host_full(action: str, nbytes: int) -> ArenaFullError:

@@ -42,8 +42,9 @@ class Terms(NamedTuple):
 
 _PROBE_BYTES = 64
 _ANSWER = Struct(f"<BQQ16s{_PROBE_BYTES}s")
-_KEYS = {"probe", "secret", "nonce", "owned", "ring", "name", "fallback", "channel", "consensus"}
-_ERROR_KEYS = set(Terms._fields)
+_TERMS = {"fallback": str, "channel": str, "consensus": bool}
+_FOUND = {"probe": str, "secret": str, "nonce": str, "owned": bool, "ring": int, "name": int}
+"""What a hello has besides the terms, unless it says which error there was."""
 
 _serving: "weakref.WeakSet[Arena]" = weakref.WeakSet()
 """Arenas of this process that a group uses: the step words of an arena tell about one group."""
@@ -227,10 +228,12 @@ def _judge(hello: dict[str, Any], answers: list[bytes], entry: int) -> tuple[lis
 def _read_hello(raw: bytes) -> dict[str, Any]:
     try:
         hello = json.loads(raw)
-        if hello.keys() >= (_ERROR_KEYS if "error" in hello else _KEYS):
+        wanted = _TERMS | ({"error": str} if "error" in hello else _FOUND)
+        wrong = [key for key, kind in wanted.items() if type(hello.get(key)) is not kind]
+        if not wrong:
             return dict(hello)
-        raise ValueError(f"it has the keys {sorted(hello)}")
-    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"of {sorted(wanted)} it lacks, or has as something else, {wrong}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise GroupError(f"make a group: the entry rank's first message is no hello: {error}") from None
 
 

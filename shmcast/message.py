@@ -94,10 +94,10 @@ def _pack(kind: int, number: int, head: bytes, parts: Sequence[bytes]) -> bytes:
 def _read_error(head: bytes) -> dict[str, str]:
     try:
         error = json.loads(head)
-    except ValueError as wrong:
+    except (ValueError, RecursionError) as wrong:
         raise HandleError(f"decode message: its error can not be read: {wrong}") from None
-    if not isinstance(error, dict):
-        raise HandleError(f"decode message: its error is a {type(error).__name__}, not a dict")
+    if not isinstance(error, dict) or not all(isinstance(text, str) for text in error.values()):
+        raise HandleError(f"decode message: its error is a {type(error).__name__}, not a dict of texts")
     return error
 
 

@@ -106,7 +106,7 @@ def _histogram(total: int, largest: int, counts: Sequence[int], ends: Sequence[i
 
 
 def _look(name: str) -> dict[str, Any]:
-    fd = names.open_writable(name)
+    fd = names.open_readable(name)
     try:
         seen = _native.inspect(fd)
     finally:

@@ -5,11 +5,13 @@ A forked child starts with none: what it inherited it may not use (see `_native.
 
 import errno
 import os
+import random
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
-from . import _native, names
+from . import _native, gc, names
 from .errors import ArenaError, ArenaGoneError, HandleError
 
 Key = tuple[str, int, int]
@@ -26,6 +28,10 @@ _alive: "weakref.WeakValueDictionary[Key, _native.Member]" = weakref.WeakValueDi
 would be given to the one and consumed with the other."""
 
 _JOIN_ATTEMPTS = 8
+_SWEEP_EVERY_S = 60.0
+_SWEEP_ARENAS = 64  # some 10 µs each; where there are more, others are looked at by the next process that comes
+_swept_s: dict[str, float] = {}
+"""When this process has last swept a namespace because it joined."""
 
 
 def opener(namespace: str, arena: int) -> Callable[[int], int]:
@@ -55,6 +61,7 @@ def join(key: Key) -> _native.Member:
             member = _alive.get(key)
             if member is None or member.inherited or member.ended:
                 member = _alive[key] = _join(namespace, arena)
+                _sweep_now_and_then(namespace, arena)
             members[key] = member
     return member
 
@@ -113,6 +120,9 @@ def _join(namespace: str, arena: int) -> _native.Member:
         except FileNotFoundError:
             os.close(map_fd)
             continue
+        except BaseException:
+            os.close(map_fd)
+            raise
         try:
             if os.path.sameopenfile(map_fd, lock_fd):
                 return _native.Member.join(map_fd, lock_fd, opener(namespace, arena), arena)
@@ -124,11 +134,31 @@ def _join(namespace: str, arena: int) -> _native.Member:
     raise ArenaError(errno.EAGAIN, f"attach: {name} was replaced {_JOIN_ATTEMPTS} times while it was being opened")
 
 
+def _sweep_now_and_then(namespace: str, arena: int) -> None:
+    """Whoever comes removes what the dead have left, so that nobody has to. The arena that was joined is spared: its
+    owner may have died after it sent what we were about to read."""
+    now_s = time.monotonic()
+    if now_s < _swept_s.get(namespace, -_SWEEP_EVERY_S) + _SWEEP_EVERY_S:
+        return
+    _swept_s[namespace] = now_s
+    try:
+        found = names.listing(namespace)
+        arenas = list({one.arena for one in found if one.arena != arena})
+        if len(arenas) > _SWEEP_ARENAS:
+            arenas = random.sample(arenas, _SWEEP_ARENAS)
+        seen = gc.scan(namespace, listed=[one for one in found if one.arena in arenas]) if arenas else None
+        if seen is not None:
+            gc.apply(gc.plan(seen), guard=lambda: fork_guard)
+    except OSError:
+        pass  # the process that joined can do nothing about it
+
+
 def _start_afresh() -> None:
     global fork_guard
     fork_guard = threading.RLock()
     members.clear()
     _alive.clear()
+    _swept_s.clear()
 
 
 # Looked up at the time, as a child has another guard than its parent.

@@ -146,9 +146,11 @@ class Roster:
         member = self.member
         try:
             return member is not None and member.alive(self._peers[rank])
-        except OSError:
+        except FileNotFoundError:
             # The arena's name is gone: the entry rank closed it, or it died and was swept. Of the others nothing is known.
             return rank != self._entry
+        except OSError:
+            return True  # no descriptor to look with: who can not be asked counts as alive
 
     # ---- what to raise
 

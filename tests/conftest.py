@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 SHM_DIRECTORY = Path("/dev/shm")
 WATCHDOG_S = 120
+# The same with torch and without, and long: `make test` runs them, `make test-core` does not.
+ONCE = {
+    "test_kill", "test_soak", "test_model", "test_model_agree", "test_model_bell", "test_model_tie", "test_native_threads",
+    "test_fuzz_corpus", "test_hostile", "test_situations_ends", "test_situations_forks", "test_situations_limits",
+    "test_situations_paused", "test_situations_pids", "test_situations_small", "test_foreign", "test_gc_watch",
+}  # fmt: skip
 SEED_VARIABLE = "SHMCAST_TEST_SEED"
 # The watchdog's second bite must reach the terminal, so stderr is kept from before pytest captures it.
 STDERR_KEY = pytest.StashKey[int]()
@@ -55,6 +61,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.path.stem in ONCE and os.environ.get("SHMCAST_TEST_CORE"):
+        pytest.skip("the same with torch and without: `make test` runs it")
     for name in ("torch", "zmq"):
         if item.get_closest_marker(name) and not importlib.util.find_spec(name):
             pytest.skip(f"needs {name}")

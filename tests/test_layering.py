@@ -16,11 +16,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes"),
     ("_native",),
     ("names",),  # what segments are called; creates, opens and unlinks them
-    ("sweep",),  # gives back what the dead have left, by name
+    ("gc",),  # what the dead have left, and giving it back, by name
     ("handle", "arrays", "tensors"),
     ("process",),  # what this process has joined and mapped
+    ("sweep",),
     ("attach", "growth", "reservation", "arena", "in_place"),
-    ("codec",),
+    ("plain", "codec"),
     ("channels", "channels.*"),
     ("message", "roster"),  # the bytes of a message; who is there and how far they have come
     ("meeting", "group"),  # how a group comes about, and what it does
@@ -30,8 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("futures",),
 )
 # Looks at arenas from outside: sits on these and on each other in this order, and nothing is built on it.
-TOOLS = ("gc", "metrics", "cli", "cli.*")
-TOOLS_SIT_ON = ("errors", "sizes", "_native", "names", "sweep", "handle", "arena")
+TOOLS = ("procfs", "foreign", "metrics", "looks", "doctor", "cli", "cli.*", "__main__")
+TOOLS_SIT_ON = ("errors", "sizes", "_native", "names", "gc", "sweep", "handle", "arena")
 
 # Who may import a foreign library, at run time. For annotations alone (under TYPE_CHECKING) everybody may.
 DOORS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch": ("tensors", "channels.group"),
     "zmq": ("channels.zmq",),
     "posix_ipc": ("names",),
+    "inotify_simple": ("cli.watch",),
+    "prometheus_client": ("cli.exporter",),
 }
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")
 
@@ -167,7 +170,8 @@ def test_a_wrong_import_is_reported(tmp_path: Path, module: str, source: str, re
         ("tensors", "from shmcast import arrays, errors\nimport torch"),
         ("channels.group", "import torch.distributed as dist\nfrom ..codec import dumps\nfrom . import base"),
         ("codec", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy as np"),
-        ("gc", "from . import _native, names\nfrom .arena import Arena"),
+        ("gc", "from . import _native, names"),
+        ("metrics", "from . import _native, gc, names\nfrom .arena import Arena"),
         ("cli.ls", "from ..metrics import read\nfrom . import base"),
         ("__init__", "from .group import Group\nfrom .metrics import read"),
     ],

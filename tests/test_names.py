@@ -1,11 +1,14 @@
 """Names of segments: what is allowed, what is found, and whether a name still means the same file. Sizes as text."""
 
+import fcntl
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from shmcast import names
+import shmcast.metrics
+from shmcast import looks, names
 from shmcast.errors import ArenaError
 from shmcast.sizes import format_bytes, parse_bytes
 
@@ -46,7 +49,7 @@ def test_life_of_a_name(namespace: str) -> None:
         assert names.listing(namespace) == [(namespace, 0xABC, 1)]
         assert names.is_current(name, first)
         os.ftruncate(first, 100)
-        assert names.size_bytes(name) == 100
+        assert names.status(name).st_size == 100
         reader = names.open_readable(name)
         with pytest.raises(OSError):
             os.write(reader, b"x")
@@ -54,7 +57,7 @@ def test_life_of_a_name(namespace: str) -> None:
         assert names.unlink(name)
         assert not names.unlink(name)
         assert not names.is_current(name, first)
-        assert names.size_bytes(name) == 0
+        assert names.status(name) is None
         second = names.create(name)  # a later file of that name is another file
         try:
             assert not names.is_current(name, first)
@@ -86,7 +89,26 @@ def test_what_is_no_file_is_refused(namespace: str) -> None:
     try:
         with pytest.raises(ArenaError, match="regular file"):
             names.open_writable(name)
+        with pytest.raises(ArenaError, match="regular file"):
+            names.open_readable(name)  # without waiting for somebody who writes
+        assert shmcast.metrics.read(namespace) == {}
+        assert [arena["state"] for arena in looks.survey(namespace)] == ["damaged"]
     finally:
+        (SHM / name[1:]).unlink()
+
+
+@pytest.mark.parametrize("kind", [fcntl.F_RDLCK, fcntl.F_WRLCK])
+def test_who_has_a_lease_on_his_file_keeps_nobody_waiting(namespace: str, kind: int) -> None:
+    """Whoever opens such a file is made to wait by the kernel, 45 s as a rule."""
+    name = names.segment_name(namespace, 1, 0)
+    fd = os.open(SHM / name[1:], os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, kind)
+        with pytest.raises(ArenaError, match="lease"):
+            names.open_writable(name)
+    finally:
+        os.close(fd)
         (SHM / name[1:]).unlink()
 
 

@@ -36,6 +36,7 @@ def orphan(child):
     handle = shmcast.Handle.from_bytes(peer.receive())
     peer.kill()
     yield handle
+    control(handle).unlink(missing_ok=True)  # a sweep leaves alone what a newer build may have made
     shmcast.sweep()
 
 
