@@ -1,6 +1,7 @@
 """numpy's side of things, and the only module that imports it: dtypes as text, arrays as bytes, bytes as arrays."""
 
 import ast
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -180,6 +181,43 @@ def copy(array: ndarray) -> ndarray:
 def seal(array: ndarray) -> None:
     """Make an array refuse writes from here on."""
     array.flags.writeable = False
+
+
+# ---- arrays as numpy pickles them, for who does not let numpy read a stranger's pickle
+
+
+_PLAIN = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,9}", re.ASCII)
+_TIMES = re.compile(r"[mM]8(\[\d{0,9}(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?", re.ASCII)
+
+
+def plain_dtype(code: str) -> np.dtype[Any]:
+    """A dtype of numbers, times, fixed-size bytes or text, in native order. ValueError for all others, TypeError."""
+    if not _PLAIN.fullmatch(code) and not _TIMES.fullmatch(code):
+        raise ValueError(f"dtype {code[:50]!r} is not one of numbers, times, bytes or text")
+    return np.dtype(code)
+
+
+def in_order(dtype: np.dtype[Any], order: str) -> np.dtype[Any]:
+    """The same with that byte order: "<", ">", "=" or "|". ValueError."""
+    if order not in ("<", ">", "=", "|"):
+        raise ValueError(f"byte order {order!r} of dtype {dtype}")
+    turned: np.dtype[Any] = dtype.newbyteorder(">") if order == ">" else dtype
+    return turned
+
+
+def over_pickled(buffer: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...], order: str) -> ndarray:
+    """An ndarray over the bytes of a pickle. TypeError, ValueError where they do not fit."""
+    if order not in ("C", "F"):
+        raise ValueError(f"order {order!r} of an array")
+    array: ndarray = np.ndarray(shape, dtype, buffer, order="C" if order == "C" else "F")
+    if array.nbytes != len(buffer):
+        raise ValueError(f"an array of {array.nbytes} bytes from {len(buffer)}")
+    return array
+
+
+def scalar(raw: Buffer, dtype: np.dtype[Any]) -> Any:
+    """A numpy scalar. TypeError, ValueError where the bytes do not fit."""
+    return over_pickled(raw, dtype, (), "C")[()]
 
 
 class Span:

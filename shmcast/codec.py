@@ -19,7 +19,7 @@ from struct import Struct
 from struct import error as struct_error
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from . import _native, arrays, tensors
+from . import _native, arrays, plain, tensors
 from .arena import DEFAULT, Arena, Readers
 from .attach import ANYBODY, Lease, Origin, Peer, attach, lease_of
 from .errors import ArenaFullError, HandleError, UnsupportedArrayError
@@ -121,12 +121,16 @@ def encode(
     return _encode(tree, arena, tuple(tokens), keep, grant_timeout, timeout, min_bytes, on_full, in_place)
 
 
-def loads(blob: "bytes | bytearray | memoryview") -> Any:
+def loads(blob: "bytes | bytearray | memoryview", *, allow_pickle: bool = True) -> Any:
     """The tree that `dumps` was given. Its large arrays are views of shared memory, which live as long as the arrays do:
     read-only ndarrays, and tensors that copy what they write.
 
-    Unpickles: only for bytes from processes that you trust. HandleError (not from `dumps`, cut, changed, another host),
-    StaleHandleError, ArenaGoneError, ArenaError, UnsupportedArrayError (a tensor where torch is not installed)."""
+    Unpickles: only for bytes from processes that you trust. ``allow_pickle=False`` does not: it makes arrays, tensors of
+    values alone (no gradients, on the CPU), numpy scalars, and None, bool, int, float, complex, str, bytes, bytearray, list,
+    tuple, dict, set and frozenset; whatever else is named there is a HandleError and is neither imported nor called.
+
+    HandleError (not from `dumps`, cut, changed, another host), StaleHandleError, ArenaGoneError, ArenaError,
+    UnsupportedArrayError (a tensor where torch is not installed)."""
     raw = blob if isinstance(blob, bytes) else bytes(blob)
     entries, pickle_at = _parse(raw)
     things: list[Any] = []
@@ -143,9 +147,11 @@ def loads(blob: "bytes | bytearray | memoryview") -> Any:
             raise failure
         finally:
             del failure
-    stream = io.BytesIO(raw)
-    stream.seek(pickle_at)
     try:
+        if not allow_pickle:
+            return plain.load(memoryview(raw)[pickle_at:], f"{__name__}._block", partial(_thing, things))
+        stream = io.BytesIO(raw)
+        stream.seek(pickle_at)
         return _Unpickler(stream, things).load()
     except BaseException:
         things.clear()  # for the same reason
@@ -189,8 +195,8 @@ class _Pickler(pickle.Pickler):
             return self._take(thing, inline=small, always=True)
         if not small:
             return self._take(thing)
-        # torch pickles the storage: a small view would take all of a large block with it
-        return self._take(thing, inline=True) if tensors.is_small_part(thing) else NotImplemented
+        # torch pickles the storage, all of it, as a pickle in the pickle, which who refuses pickles can not read
+        return self._take(thing, inline=True) if tensors.is_values_alone(thing) else NotImplemented
 
     def _is_small(self, nbytes: int) -> bool:
         """Whether an array is below the threshold; counted if it is."""

@@ -189,14 +189,11 @@ def size_bytes(tensor: Any) -> int:
     return length
 
 
-def is_small_part(tensor: Any) -> bool:
-    """Whether a tensor is a part of a larger storage, and nothing but its values would be lost by copying it out."""
+def is_values_alone(tensor: Any) -> bool:
+    """Whether nothing but values would be lost by copying a tensor out of its storage."""
     if tensor.requires_grad or tensor.device.type != "cpu" or tensor.layout is not sys.modules["torch"].strided:
         return False
-    try:
-        return storage_bytes(tensor) > size_bytes(tensor)
-    except (RuntimeError, NotImplementedError):
-        return False
+    return not (tensor.is_quantized or tensor.is_nested or tensor.__dict__)
 
 
 _pickles: dict[Any, bool] = {}
