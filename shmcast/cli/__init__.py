@@ -1,0 +1,1 @@
+"""The console scripts: they parse, ask the module that thinks, and print."""
