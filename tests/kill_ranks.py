@@ -88,6 +88,11 @@ def agree_late(state: SimpleNamespace, step: int) -> object:
     return answer
 
 
+def wait_for_rank(state: SimpleNamespace, rank: int, step: int) -> None:
+    while state.fellows.words()[rank][0] != 2 * step:
+        pass
+
+
 def end(state: SimpleNamespace, step: int) -> None:
     state.fellows.words()
     state.fellows.record(ENDED | 2 * step, 1)
@@ -141,11 +146,10 @@ class TakeInLast(RankRole):
 
     name = "be the last to agree"
 
-    @staticmethod
-    def operation(state: SimpleNamespace, step: int, failures: int) -> object:
-        while state.fellows.words()[2][0] != 2 * step:
-            pass
-        return take_part(state, step, failures)
+    def prepare(self) -> tuple[object, ...]:
+        arguments = super().prepare()
+        self.victim.call(wait_for_rank, 2, 1)
+        return arguments
 
 
 class Decide(RankRole):

@@ -6,6 +6,7 @@ needs a build with steps (native/steps.h). A role (`kill_*.py`) says who does wh
 gives the list of its steps; then once for every step: the victim, a process of its own, ends itself with SIGKILL directly
 before that step. A step that is passed many times (a scan of all slots) is met the first time, in the middle, and the
 last time. After each death the role's check looks at the shared memory and at the survivors. One line of JSON a role.
+Exit status: 0: no violation; 1: some; 2: no such role.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Actor:
 
 def _serve(lab: Lab, read_fd: int, write_fd: int) -> None:
     """The life of an actor; does not return."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     state = SimpleNamespace()
     stream = os.fdopen(read_fd, "rb")
@@ -319,10 +321,19 @@ def main(arguments: list[str]) -> int:
     from kill_sweepers import SWEEPERS
 
     roles = [*READERS, *PASSERS_ON, *OWNERS, *SWEEPERS, *RANKS]
-    chosen = [role for role in roles if not arguments or role.name in arguments or role.kind in arguments]
-    for role in chosen:
-        print(json.dumps(dataclasses.asdict(play_all(role))), flush=True)
-    return 0
+    if unknown := set(arguments) - {role.name for role in roles} - {role.kind for role in roles}:
+        print(
+            f"no role {', '.join(sorted(unknown))}; there are: {', '.join(role.name for role in roles)}",
+            file=sys.stderr,
+        )
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # what has been begun is tidied up
+    wrong = False
+    for role in [role for role in roles if not arguments or role.name in arguments or role.kind in arguments]:
+        report = play_all(role)
+        wrong |= bool(report.violations)
+        print(json.dumps(dataclasses.asdict(report)), flush=True)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ EXEMPT = {
     ("metrics.h", "*"): METRIC,
     ("module_meter.c", "*"): METRIC,
     ("module_inspect.c", "*"): READ_TO_BE_TOLD,
+    ("control.c", "read_exactly"): READ_TO_BE_TOLD,
+    ("control.c", "shmc_control_format"): PRIVATE,
     ("bell.c", "shmc_bell_spin_ns"): "asks how many processors there are",
     ("peers.c", "describe_process"): "for people, and TAKE_DESCRIBE stands before it",
     ("peers.c", "lock_operation"): "PEER_LOCK, PEER_UNLOCK and PEER_PROBE stand before it",
@@ -89,7 +91,7 @@ def without_comments(source: str) -> str:
     return re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, source, flags=re.MULTILINE)
 
 
-def _functions(source: str) -> Iterator[tuple[str, int, int]]:
+def functions(source: str) -> Iterator[tuple[str, int, int]]:
     """Name, first and last offset of the bodies of functions."""
     end = 0
     for match in re.finditer(r"^(?!static const)[^\s#/}][^;={}]*?\b(\w+)\s*\([^;{}]*\)\s*\{", source, re.MULTILINE):
@@ -102,7 +104,7 @@ def accesses(path: Path) -> list[Access]:
     """What one file has."""
     source = without_comments(path.read_text())
     found = []
-    for name, start, end in _functions(source):
+    for name, start, end in functions(source):
         step, fresh, depth = "", False, 0
         for token in re.finditer(rf"{STEP.pattern}|{CALL.pattern}|[(){{;]", source[start:end]):
             text = token.group()

@@ -41,7 +41,7 @@ def play(environment: dict[str, str], kind: str) -> list[dict[str, Any]]:
         timeout=LAB_TIMEOUT_S,
         check=False,
     )
-    assert done.returncode == 0, f"{kind}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode in (0, 1), f"{kind}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
