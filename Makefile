@@ -1,6 +1,9 @@
 # make bench   the main job: tensor-parallel ranks on real photographs        make test    the whole suite
 # make check   linters, types, formats, builds with -Werror                   make format  what check would complain of
 # make bench-async   the same on a stream of requests that arrive faster than they can be served
+# make bench-gc   1,000 dead arenas swept at once, how soon a death is noticed, what watching costs
+# make soak   processes killed at random, under load; SOAK_SECONDS=60
+# make sanitize   the C core and its tests under sanitizers               make fuzz   FUZZ_SECONDS=60 of each harness
 #
 # Needs git, python3 (3.10 or newer, with venv and headers), a C compiler; no root. The rest goes into ./.venv.
 # Variables: ARGS=... for the program that is run; PYTHON=... to build the environment from;
@@ -8,6 +11,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+FUZZ_SECONDS ?= 60
 TORCH_VERSION = 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BUILD_TOOLS = "pip>=23.1" "scikit-build-core>=0.11" "cmake>=3.20" ninja setuptools
@@ -18,11 +22,11 @@ PIP = bin/python -m pip --disable-pip-version-check --no-input
 PY = $(VENV)/bin/python
 
 SOURCES = $(wildcard native/*.c native/*.h)
-C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch] tests/native/*.c)
+C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch] tests/native/*.c tests/fuzz/*.[ch])
 # The directory too: a file that is added or removed changes it. Python files are used from the tree as they are.
 BUILD_INPUTS = CMakeLists.txt pyproject.toml native $(SOURCES)
 
-.PHONY: help bench bench-async bench-core test test-core check format clean distclean
+.PHONY: help bench bench-async bench-core bench-gc test test-core sanitize fuzz soak check format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,12 +44,29 @@ bench-core: $(VENV)/.installed
 	@mkdir -p build
 	$(PY) benchmarks/core.py --json build/bench-core.json $(ARGS)
 
+bench-gc: $(VENV)/.installed
+	@mkdir -p build
+	$(PY) benchmarks/sweep.py --json build/bench-gc.json $(ARGS)
+
 test: $(VENV)/.installed
 	$(PY) -m pytest $(ARGS)
 
 # Everything but what is specific to torch and zmq, where neither is installed.
 test-core: $(CORE)/.installed
 	SHMCAST_TEST_CORE=1 $(CORE)/bin/python -m pytest $(ARGS)
+
+# Random kills under load; SOAK_SECONDS=3600 by hand, ARGS="--seed 7" to repeat a run.
+SOAK_SECONDS ?= 60
+soak: $(VENV)/.installed
+	$(PY) tests/soak.py --seconds $(SOAK_SECONDS) $(ARGS)
+
+# In the environment without torch: what is looked at is ours, and imports faster.
+sanitize: $(CORE)/.installed
+	$(CORE)/bin/python tests/sanitize.py $(ARGS)
+
+# Two harnesses at a time. clang with libFuzzer is used where it is installed, atheris where it can be.
+fuzz: $(CORE)/.fuzzers
+	$(CORE)/bin/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(ARGS)
 
 check: $(VENV)/.checkers
 	$(PY) -m ruff check .
@@ -101,6 +122,11 @@ $(CORE)/.installed: $(CORE)/.created $(BUILD_INPUTS)
 
 $(VENV)/.checkers: $(VENV)/.installed
 	@test $@ -nt pyproject.toml || $(VENV)/$(PIP) $(INSTALL) --editable '.[check]'
+	@touch $@
+
+$(CORE)/.fuzzers: $(CORE)/.installed
+	@test $@ -nt pyproject.toml || $(CORE)/$(PIP) $(INSTALL) --quiet --editable '.[fuzz]' || \
+	    echo "set up shmcast: there is no atheris for this Python; the decoders get changed inputs of the corpus" >&2
 	@touch $@
 
 # Sets $$index. A torch that is installed, or that pip would find by itself as a CPU build, is taken as it is; only
