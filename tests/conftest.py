@@ -38,6 +38,8 @@ BENIGN_FILES = ("/dev/urandom", "/dev/random", "/proc/", "/sys/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that runs us in the background has us ignore it, and so would every child that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[STDERR_KEY] = os.dup(2)
     config.stash[SEED_KEY] = int(os.environ.get(SEED_VARIABLE) or secrets.randbits(32))
     if importlib.util.find_spec("hypothesis"):
