@@ -18,13 +18,30 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "native"
 
-ATOMIC = r"\bshmc_(?:seq|acquire|release|relaxed)_\w+|\bshmc_fence_streaming_stores"
-SYSTEM = (
-    r"\b(?:open|close|read|write|pread|pwrite|mmap|munmap|mremap|madvise|mprotect|fcntl|flock|ioctl|fstat|stat|ftruncate|"
-    r"posix_fallocate|fallocate|unlink|shm_open|shm_unlink|syscall|getrandom|clock_gettime|fopen|fread|fclose|getpid|kill|"
-    r"sysconf|sched_\w+|nanosleep|usleep|fork|sigaction|poll|pthread_\w+)"
+ATOMIC = re.compile(
+    r"shmc_(?:seq|acquire|release|relaxed)_\w+|shmc_fence_streaming_stores|(?:__)?atomic_\w+|__sync_\w+"
 )
-CALL = re.compile(rf"(?:{ATOMIC}|{SYSTEM})(?=\s*\()")
+CALL = re.compile(r"(?<![\w.>])[A-Za-z_]\w*(?=\s*\()")
+# Whatever is called and is neither Python's, nor of the core, nor one of these, is held to be a system call.
+HARMLESS = {
+    *("if", "for", "while", "switch", "return", "sizeof", "offsetof", "void", "_Alignof", "_Static_assert", "__asm__"),
+    *(
+        "memcpy",
+        "memset",
+        "memcmp",
+        "strchr",
+        "strrchr",
+        "strcmp",
+        "strcspn",
+        "strlen",
+        "strerror",
+        "strtoul",
+        "strtoull",
+    ),
+    *("calloc", "malloc", "realloc", "free", "snprintf", "sscanf", "getenv"),
+    *("end", "kernel_of", "met", "value"),  # pointers to functions of the core
+}
+FOREIGN = re.compile(r"_?Py[A-Z_]|_mm\d*_|__builtin_|[A-Z_0-9]+$")
 STEP = re.compile(r"\bSHMC_STEP\((\w+)\);")
 ROW = re.compile(r'^\s*X\((\d+), (\w+), "([^"]*)"\)', re.MULTILINE)
 
@@ -34,6 +51,7 @@ PRIVATE = "memory or a descriptor that no other process can see"
 METRIC = "a metric: nothing is decided by it, see metrics.h"
 EXEMPT = {
     ("steps.c", "*"): "the steps themselves",
+    ("atomics.h", "*"): "what the names of atomic accesses mean",
     ("clock.c", "*"): "reads a clock",
     ("cpu.c", "*"): "reads what the processor is, once",
     ("hash.c", "*"): PRIVATE,
@@ -100,7 +118,23 @@ def functions(source: str) -> Iterator[tuple[str, int, int]]:
             yield match.group(1), match.end(), end
 
 
-def accesses(path: Path) -> list[Access]:
+def own_functions(native: Path) -> set[str]:
+    """What the core defines itself."""
+    sources = [without_comments(path.read_text()) for path in native.glob("*.[ch]")]
+    return {name for source in sources for name, _, _ in functions(source)}
+
+
+def calls(source: str, own: set[str]) -> list[str]:
+    """System calls and atomic accesses in a text, in order."""
+    return [name for name in CALL.findall(source) if touches(name, own)]
+
+
+def touches(name: str, own: set[str]) -> bool:
+    """Whether a call of that name may be seen by another process."""
+    return bool(ATOMIC.fullmatch(name)) or not (name in HARMLESS or name in own or FOREIGN.match(name))
+
+
+def accesses(path: Path, own: set[str]) -> list[Access]:
     """What one file has."""
     source = without_comments(path.read_text())
     found = []
@@ -114,7 +148,7 @@ def accesses(path: Path) -> list[Access]:
                 depth += 1 if text == "(" else -1
             elif text in "{;":
                 fresh = fresh and depth > 0
-            else:
+            elif touches(text, own):
                 line = source.count("\n", 0, start + token.start()) + 1
                 found.append(Access(path.name, line, name, text, step if fresh else ""))
     return found
@@ -122,7 +156,8 @@ def accesses(path: Path) -> list[Access]:
 
 def all_accesses(native: Path = NATIVE) -> list[Access]:
     """What all files have."""
-    return [access for path in sorted([*native.glob("*.c"), *native.glob("*.h")]) for access in accesses(path)]
+    own = own_functions(native)
+    return [access for path in sorted(native.glob("*.[ch]")) for access in accesses(path, own)]
 
 
 def used(native: Path = NATIVE, python: Path = ROOT / "shmcast") -> set[str]:
