@@ -18,7 +18,7 @@ from .errors import ArenaError, ArenaFullError, HandleError
 from .handle import Handle, check_digest
 from .reservation import Reservation, form_of
 from .sizes import parse_bytes
-from .sweep import sweep
+from .sweep import sweep, sweep_everywhere
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +106,8 @@ class Arena:
         grant_ns = _timeout_ns("grant_timeout", grant_timeout)
         idle_ns = _timeout_ns("idle_timeout", idle_timeout)
         names.check_mode(mode)
+        sweep(namespace, peers=False)  # whose room this arena may need
         with process.fork_guard:
-            sweep(namespace, peers=False)
             member = _create_control(namespace, limit, max_blocks, mode)
         data_mode = names.data_mode(mode)
         segments = growth.Segments(_native.Owner(member), namespace, member.arena_id, limit, step, idle_ns, data_mode)
@@ -120,6 +120,7 @@ class Arena:
                 raise growth.refused(f"create arena in namespace {namespace}: reserve", step, error) from None
             raise
         process.adopt(arena._head, member)
+        process.tidy_now_and_then(namespace, arena.id)
         return arena
 
     # ---- what it is
@@ -471,7 +472,7 @@ class Arena:
             if error.errno != errno.ENOSPC or now < self._sweep_again:
                 raise
             self._sweep_again = now + _SWEEP_AGAIN_S
-            if not sweep(self.namespace).segments:
+            if not sweep_everywhere().segments:
                 raise
         return self._segments.grow(nbytes)
 

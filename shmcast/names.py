@@ -80,13 +80,12 @@ def data_mode(mode: int) -> int:
 def create(name: str, mode: int = 0o600) -> int:
     """Create an empty segment that did not exist and return its descriptor. FileExistsError, OSError."""
     fd = _open(name, posix_ipc.O_CREX, read_only=False)
-    if mode != 0o600:
-        try:
-            os.fchmod(fd, mode)  # what the umask has no say in
-        except BaseException:
-            os.close(fd)
-            unlink(name)
-            raise
+    try:
+        os.fchmod(fd, mode)  # what the umask has no say in
+    except BaseException:
+        os.close(fd)
+        unlink(name)
+        raise
     return fd
 
 
@@ -109,8 +108,16 @@ def unlink(name: str) -> bool:
     except posix_ipc.ExistentialError:
         return False
     except posix_ipc.PermissionsError:
-        raise PermissionError(errno.EACCES, "unlink segment: it belongs to another user", name) from None
+        raise PermissionError(errno.EACCES, f"unlink segment: {_why_not(name)}", name) from None
     return True
+
+
+def _why_not(name: str) -> str:
+    """Why a name can not be taken away."""
+    found = os.lstat(DIRECTORY + name) if os.path.lexists(DIRECTORY + name) else None
+    if found is not None and found.st_uid not in (os.geteuid(), 0):
+        return f"it belongs to uid {found.st_uid}, this process runs as uid {os.geteuid()}"
+    return f"{DIRECTORY} is not to be written, or the file is immutable (lsattr, chattr -i)"
 
 
 def is_current(name: str, fd: int) -> bool:

@@ -28,10 +28,12 @@ _alive: "weakref.WeakValueDictionary[Key, _native.Member]" = weakref.WeakValueDi
 would be given to the one and consumed with the other."""
 
 _JOIN_ATTEMPTS = 8
-_SWEEP_EVERY_S = 60.0
-_SWEEP_ARENAS = 64  # some 10 µs each; where there are more, others are looked at by the next process that comes
-_swept_s: dict[str, float] = {}
-"""When this process has last swept a namespace because it joined."""
+_JOIN_PAUSE_S = 0.005
+_TIDY_EVERY_S = 60.0
+_TIDY_ARENAS = 64  # some 0.1 ms each; where there are more, others are looked at by the next process that comes
+_TIDY_SLICE_S = 0.05  # and no fork waits for longer than that, and one removal
+_tidied_s: dict[str, float] = {}
+"""When this process has last tidied a namespace up because it came to it."""
 
 
 def opener(namespace: str, arena: int) -> Callable[[int], int]:
@@ -61,8 +63,8 @@ def join(key: Key) -> _native.Member:
             member = _alive.get(key)
             if member is None or member.inherited or member.ended:
                 member = _alive[key] = _join(namespace, arena)
-                _sweep_now_and_then(namespace, arena)
             members[key] = member
+    tidy_now_and_then(namespace, arena)
     return member
 
 
@@ -103,7 +105,7 @@ def _forget_ended() -> None:
 
 def _join(namespace: str, arena: int) -> _native.Member:
     name = names.segment_name(namespace, arena, names.CONTROL)
-    for _ in range(_JOIN_ATTEMPTS):
+    for attempt in range(_JOIN_ATTEMPTS):
         try:
             map_fd = names.open_writable(name)
         except FileNotFoundError:
@@ -127,30 +129,49 @@ def _join(namespace: str, arena: int) -> _native.Member:
             if os.path.sameopenfile(map_fd, lock_fd):
                 return _native.Member.join(map_fd, lock_fd, opener(namespace, arena), arena)
         except ArenaError as error:
-            raise type(error)(f"open {name}: {error}") from None
+            # Not for long, maybe: its creator is at work, or a sweeper has the one byte that is free.
+            if type(error) is not ArenaError or attempt == _JOIN_ATTEMPTS - 1:
+                raise type(error)(f"open {name}: {error}") from None
+            time.sleep(_JOIN_PAUSE_S)
         finally:
             os.close(map_fd)
             os.close(lock_fd)
     raise ArenaError(errno.EAGAIN, f"attach: {name} was replaced {_JOIN_ATTEMPTS} times while it was being opened")
 
 
-def _sweep_now_and_then(namespace: str, arena: int) -> None:
-    """Whoever comes removes what the dead have left, so that nobody has to. The arena that was joined is spared: its
-    owner may have died after it sent what we were about to read."""
+def tidy_now_and_then(namespace: str, spared: int) -> None:
+    """Whoever comes removes what the dead have left, so that nobody has to: in the background, as who attaches must not pay
+    for what others have left, nor who forks. ``spared``: an arena whose owner may have died after it sent what we were about
+    to read."""
     now_s = time.monotonic()
-    if now_s < _swept_s.get(namespace, -_SWEEP_EVERY_S) + _SWEEP_EVERY_S:
+    if now_s < _tidied_s.get(namespace, -_TIDY_EVERY_S) + _TIDY_EVERY_S:
         return
-    _swept_s[namespace] = now_s
+    _tidied_s[namespace] = now_s
+    try:
+        threading.Thread(target=_tidy, args=(namespace, spared), name="shmcast-tidy", daemon=True).start()
+    except RuntimeError:
+        pass  # no thread to be had, or the interpreter ends: somebody else will
+
+
+def _tidy(namespace: str, spared: int) -> None:
     try:
         found = names.listing(namespace)
-        arenas = list({one.arena for one in found if one.arena != arena})
-        if len(arenas) > _SWEEP_ARENAS:
-            arenas = random.sample(arenas, _SWEEP_ARENAS)
-        seen = gc.scan(namespace, listed=[one for one in found if one.arena in arenas]) if arenas else None
-        if seen is not None:
-            gc.apply(gc.plan(seen), guard=lambda: fork_guard)
+        arenas = list({one.arena for one in found if one.arena != spared})
+        if len(arenas) > _TIDY_ARENAS:
+            arenas = random.sample(arenas, _TIDY_ARENAS)
+        if not arenas:
+            return
+        todo = gc.plan(gc.scan(namespace, closely=True, listed=[one for one in found if one.arena in arenas]))
+        while _tidy_a_little(todo):
+            time.sleep(0.001)  # who waits for the guard gets it
     except OSError:
-        pass  # the process that joined can do nothing about it
+        pass  # whose process this is can do nothing about it
+
+
+def _tidy_a_little(todo: gc.Plan) -> bool:
+    """Some of it; whether there is more."""
+    until_s = time.monotonic() + _TIDY_SLICE_S
+    return gc.apply(todo, guard=lambda: fork_guard, stop=lambda: time.monotonic() > until_s).stopped
 
 
 def _start_afresh() -> None:
@@ -158,7 +179,7 @@ def _start_afresh() -> None:
     fork_guard = threading.RLock()
     members.clear()
     _alive.clear()
-    _swept_s.clear()
+    _tidied_s.clear()
 
 
 # Looked up at the time, as a child has another guard than its parent.

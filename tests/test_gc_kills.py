@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import shmcast
-from shmcast import _native, gc, growth, names, process
+from shmcast import _native, gc, names
 
 SHM = Path(names.DIRECTORY)
 
@@ -219,100 +218,3 @@ def test_one_sweeper_an_arena(child, namespace, killed) -> None:
         first.send()
         assert first.receive() == len(before)
     assert files(namespace) == set()
-
-
-# ---- where it runs by itself
-
-
-def test_who_joins_sweeps(child, namespace) -> None:
-    dying, living = child(owner), child(owner)
-    old, (fresh, _) = dying.receive(), living.receive()
-    dying.kill()
-    assert len({found.arena for found in names.listing(namespace)}) == 2
-    assert shmcast.attach(fresh).array[0] == 0
-    assert {found.arena for found in names.listing(namespace)} == {shmcast.Handle.from_bytes(fresh).arena}
-    with pytest.raises(shmcast.ArenaGoneError):
-        shmcast.attach(old[0])
-
-
-def test_the_arena_that_is_joined_is_spared(child, namespace) -> None:
-    """Its owner may have sent the handle, and died."""
-    peer = child(owner)
-    raws = peer.receive()
-    peer.kill()
-    assert shmcast.attach(raws[1]).array[0] == 1
-    assert files(namespace)
-    assert shmcast.sweep().arenas == 1
-
-
-def test_who_joins_again_soon_does_not_sweep_again(child, monkeypatch) -> None:
-    scans = []
-    scan = gc.scan
-    monkeypatch.setattr(gc, "scan", lambda *args, **options: scans.append(options) or scan(*args, **options))
-    handles = [child(owner).receive()[0] for _ in range(3)]
-    for raw in handles:
-        shmcast.attach(raw).release()
-    assert len(scans) == 1
-    (options,) = scans
-    assert not options.get("closely")
-    process._swept_s.clear()
-    process.leave_all()
-    shmcast.attach(handles[0]).release()
-    assert len(scans) == 2
-
-
-def test_who_joins_looks_at_so_many_arenas_and_no_more(child, namespace, monkeypatch) -> None:
-    for arena in range(100):
-        (SHM / names.segment_name(namespace, arena, 0)[1:]).touch()
-    scans = []
-    scan = gc.scan
-    monkeypatch.setattr(
-        gc, "scan", lambda *args, listed=None, **how: scans.append(listed) or scan(*args, listed=listed, **how)
-    )
-    monkeypatch.setattr(process, "_swept_s", {})
-    process._sweep_now_and_then(namespace, 0)
-    assert [len(listed) for listed in scans] == [process._SWEEP_ARENAS]
-    assert len(names.listing(namespace)) == 100 - process._SWEEP_ARENAS
-    shmcast.sweep()
-
-
-def test_a_full_host_is_swept_before_growing_fails(child, namespace, monkeypatch) -> None:
-    """What the dead have left is in the way of a segment: it goes, and the segment is made."""
-    monkeypatch.setattr(growth.Segments, "grow_ahead", lambda segments: 1 << 62)
-    with shmcast.Arena.create("3MiB", segment_bytes="1MiB") as arena:
-        arena.publish(np.zeros(1 << 20, np.uint8), readers=0, keep=True)
-        peer = child(owner)
-        peer.receive()
-        peer.kill()
-        add = growth.Segments.add
-
-        def add_if_there_is_room(segments: growth.Segments, size: int) -> None:
-            if len({found.arena for found in names.listing(namespace)}) > 1:
-                raise OSError(errno.ENOSPC, "no space")
-            add(segments, size)
-
-        monkeypatch.setattr(growth.Segments, "add", add_if_there_is_room)
-        handle = arena.publish(np.ones(1 << 20, np.uint8), readers=0, keep=True)
-        assert shmcast.attach(handle).array[5] == 1
-        assert {found.arena for found in names.listing(namespace)} == {arena.id}
-
-
-def test_a_host_that_stays_full_is_not_swept_all_the_time(namespace, monkeypatch) -> None:
-    from shmcast import arena as arena_module
-
-    monkeypatch.setattr(growth.Segments, "grow_ahead", lambda segments: 1 << 62)
-    with shmcast.Arena.create("3MiB", segment_bytes="1MiB") as arena:
-        arena.publish(np.zeros(1 << 20, np.uint8), readers=0, keep=True)
-        sweeps = []
-        sweep = arena_module.sweep
-        monkeypatch.setattr(arena_module, "sweep", lambda *args, **options: sweeps.append(args) or sweep(*args))
-        monkeypatch.setattr(arena_module, "_SWEEP_AGAIN_S", 3600.0)
-
-        def full(segments: growth.Segments, size: int) -> None:
-            raise OSError(errno.ENOSPC, "no space")
-
-        monkeypatch.setattr(growth.Segments, "add", full)
-        for _ in range(5):
-            with pytest.raises(shmcast.ArenaFullError, match="bytes free of"):
-                arena.publish(np.ones(1 << 20, np.uint8), readers=0, keep=True)
-        assert sweeps == [(namespace,)]

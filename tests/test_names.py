@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import posix_ipc
 import pytest
 
 import shmcast.metrics
@@ -153,3 +154,36 @@ def test_sizes_of_a_wrong_type(text: object) -> None:
 def test_format_bytes() -> None:
     assert format_bytes(5) == "5 bytes"
     assert format_bytes(10 << 20) == "10485760 bytes (10.0 MiB)"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077, 0o277, 0o777])
+@pytest.mark.parametrize("mode", names.MODES)
+def test_modes_are_what_was_asked_for(namespace: str, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        os.close(names.create(names.segment_name(namespace, 1, 0), mode))
+    finally:
+        os.umask(before)
+    name = names.segment_name(namespace, 1, 0)
+    status = names.status(name)
+    names.unlink(name)
+    assert status is not None
+    assert status.st_mode & 0o777 == mode
+
+
+def test_why_a_name_can_not_be_taken_away(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = names.segment_name(namespace, 1, 0)
+    os.close(names.create(name))
+
+    def refuse(_: str) -> None:
+        raise posix_ipc.PermissionsError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(posix_ipc, "unlink_shared_memory", refuse)
+        with pytest.raises(PermissionError, match="immutable"):  # our own file
+            names.unlink(name)
+        patched.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        if os.getuid():
+            with pytest.raises(PermissionError, match=f"uid {os.getuid()}, this process runs as uid {os.getuid() + 1}"):
+                names.unlink(name)
+    names.unlink(name)

@@ -1,8 +1,11 @@
 """What a process has joined: once an arena, refused with words where the file is not an arena, empty after a fork."""
 
+import fcntl
 import os
 import struct
 import threading
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +189,36 @@ def test_too_many_processes(child) -> None:
         del members[7]
         peer = child(joins_and_waits, handle.to_bytes())
         assert peer.receive() is None
+
+
+def test_a_byte_that_a_sweeper_has_for_a_moment(child, monkeypatch) -> None:
+    """The last free one: who joins meanwhile waits for it."""
+    with shmcast.Arena.create("1MiB") as arena:
+        handle = arena.publish(np.arange(10), readers=0, keep=True)
+        opener = process.opener(handle.namespace, handle.arena)
+        members = []
+        for _ in range(29):
+            fds = opener(0), opener(0)
+            members.append(_native.Member.join(*fds, opener, handle.arena))
+            for fd in fds:
+                os.close(fd)
+        peer = child(joins_when_it_is_freed, handle.to_bytes())
+        assert peer.receive() == "joined after a pause"
+
+
+def joins_when_it_is_freed(parent, raw: bytes) -> None:
+    handle = shmcast.Handle.from_bytes(raw)
+    fd = process.opener(handle.namespace, handle.arena)(0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 30, 1, 0))
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        os.close(fd) if len(pauses) == 1 else None
+
+    process.time = types.SimpleNamespace(sleep=pause, monotonic=time.monotonic)
+    shmcast.attach(handle).release()
+    parent.send("joined after a pause" if len(pauses) == 1 else pauses)
 
 
 def test_fork_while_another_thread_joins(child, foreign) -> None:
