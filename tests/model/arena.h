@@ -116,7 +116,7 @@ _Static_assert(sizeof(struct state) == 72, "no padding: states are compared as b
     X(END_CONTROL, "end: takes the control segment's name away", "growth.Segments.unlink_all NAME_UNLINK") \
     X(END_EXIT, "end: unmaps the page that keeps the lock", "shmc_peer_drop_anchor ANCHOR_DROP") \
     X(SWEEP_LIST, "sweep: lists what there is", \
-      "gc.scan NAME_LIST, process._sweep_now_and_then NAME_LIST, cli.watch.Watch._sweep NAME_LIST") \
+      "gc.scan NAME_LIST, process._tidy NAME_LIST, cli.watch.Watch._sweep NAME_LIST") \
     X(SWEEP_OPEN, "sweep: opens the control segment, or finds none", "gc._Sweep._take NAME_OPEN") \
     X(SWEEP_ORPHAN, "sweep: no control segment, takes a listed name away", "gc._Sweep.orphan NAME_UNLINK") \
     X(SWEEP_LOCK, "sweep: takes byte 0, or sees that it is taken", "gc._Sweep._dead PEER_LOCK") \
