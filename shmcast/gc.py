@@ -15,6 +15,7 @@ for people to read; nothing is decided by it.
 
 import errno
 import os
+import resource
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,12 @@ Key: TypeAlias = tuple[str, int]
 Action: TypeAlias = Literal["keep", "remove"]
 Guard: TypeAlias = Callable[[], AbstractContextManager[object]]
 
-_TOGETHER = 32  # dead arenas that are locked at once: one listing of /dev/shm is complete for all of them
+Stop: TypeAlias = Callable[[], bool]
+
+# Dead arenas that are locked at once, as one listing of /dev/shm is complete for all of them: at most so many, of so many
+# bytes or little more. Who wants `guard` waits until they are gone, and removing takes long where there is much to free.
+_TOGETHER = 1024
+_TOGETHER_BYTES = 1 << 30
 
 
 # ---- what is seen
@@ -43,7 +49,7 @@ class Segment(NamedTuple):
     """None where the rest of the name is none of ours."""
     number: int
     kind: str
-    """"file", "directory", "symlink" or "other"."""
+    """"file", "directory", "symlink" or "special file"."""
     nbytes: int
     uid: int
 
@@ -80,24 +86,39 @@ class Scan:
     """Of arenas whose control segment is a file of this user and could be opened, or could not for a reason."""
 
 
-def scan(namespace: str | None = None, *, closely: bool = False, listed: Iterable[names.Found] | None = None) -> Scan:
+def _never() -> bool:
+    return False
+
+
+def scan(
+    namespace: str | None = None,
+    *,
+    closely: bool = False,
+    listed: Iterable[names.Found] | None = None,
+    stop: Stop = _never,
+) -> Scan:
     """Look at the segments of a namespace, None: of all, or only at those ``listed``.
 
     ``closely``: read the headers of live arenas too, which costs some 0.1 ms each; without it only what decides is
-    looked at, some 10 µs an arena. Takes no lock and opens for reading alone. OSError where /dev/shm can not be read."""
-    found = names.listing(namespace) if listed is None else list(listed)
-    segments = [seen for one in found if (seen := _look_at(one)) is not None]
-    listed_controls = {one.key for one in segments if one.number == names.CONTROL}
-    for key in {(one.namespace, one.arena) for one in found} - listed_controls:
-        late = _look_at(names.Found(*key, names.CONTROL))  # it may have been created while the directory was read
-        segments += [] if late is None else [late]
+    looked at, some 10 µs an arena. ``stop``: asked before each arena; what was seen until then is seen whole. Takes no
+    lock and opens for reading alone. OSError where /dev/shm can not be read."""
+    arenas: dict[Key, set[int]] = {}
+    for found in names.listing(namespace) if listed is None else listed:
+        # its control segment may have been created while the directory was read
+        arenas.setdefault((found.namespace, found.arena), {names.CONTROL}).add(found.number)
     uid = os.geteuid()
+    segments: list[Segment] = []
     controls: dict[Key, Control] = {}
-    for one in segments:
-        if one.number == names.CONTROL and one.key is not None and one.kind == "file" and one.uid == uid:
-            inside = _look_inside(f"/{one.name}", closely)
-            if inside is not None:
-                controls[one.key] = inside
+    for key, numbers in arenas.items():
+        if stop():
+            break
+        there = [one for number in numbers if (one := _look_at(names.Found(*key, number))) is not None]
+        segments += there
+        for one in there:
+            if one.number == names.CONTROL and one.kind == "file" and one.uid == uid:
+                inside = _look_inside(f"/{one.name}", closely)
+                if inside is not None:
+                    controls[key] = inside
     if closely and namespace is None and listed is None:
         segments += [odd for name in names.strangers() if (odd := _described(name, None, -1)) is not None]
     return Scan(uid, _native.FORMAT, tuple(segments), controls)
@@ -112,7 +133,7 @@ def _described(name: str, key: Key | None, number: int) -> Segment | None:
     if status is None:
         return None
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
-    kind = kinds.get(stat.S_IFMT(status.st_mode), "other")
+    kind = kinds.get(stat.S_IFMT(status.st_mode), "special file")
     return Segment(name, key, number, kind, status.st_size, status.st_uid)
 
 
@@ -302,14 +323,18 @@ class Report(NamedTuple):
         return sum(one.nbytes for one in self.removed)
 
 
-def apply(todo: Plan, *, guard: Guard = nullcontext, stop: Callable[[], bool] = lambda: False) -> Report:
+def apply(todo: Plan, *, guard: Guard = nullcontext, stop: Stop = _never) -> Report:
     """Remove what the plan says may go, each arena only once its owner byte is ours, and scrub what dead peers claim.
 
-    ``guard``: entered while descriptors with locks are open, so that no forked child inherits one. ``stop``: asked
-    between arenas. What can not be removed is in the report; OSError where /dev/shm can not be read."""
-    sweep = _Sweep()
-    dead = {one.segment.key for one in todo.removals if one.segment.key and one.reason != "no-control"}
-    pending = deque(sorted(dead))
+    ``guard``: entered while descriptors with locks are open, so that no forked child inherits one. ``stop``: asked before
+    each name, but for the first, so that whoever comes back until all is done gets there. Raises no OSError: what can not
+    be removed is in the report, with all that was."""
+    sizes: dict[Key, int] = {}
+    for one in todo.removals:
+        if one.segment.key is not None and one.reason != "no-control":
+            sizes[one.segment.key] = sizes.get(one.segment.key, 0) + one.segment.nbytes
+    sweep = _Sweep(sizes, stop)
+    pending = deque(sorted(sizes))
     while pending and not stop():
         with guard():
             sweep.some(pending)
@@ -323,22 +348,37 @@ def apply(todo: Plan, *, guard: Guard = nullcontext, stop: Callable[[], bool] = 
     return Report(tuple(sweep.removed), sweep.scrubbed, tuple(sweep.failed), bool(pending or orphans or scrubs))
 
 
+def _most_together() -> int:
+    """How many descriptors a sweep takes: whoever sweeps may have threads that need some as well."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _TOGETHER if limit == resource.RLIM_INFINITY else max(min(limit // 4, _TOGETHER), 1)
+
+
 class _Sweep:
-    def __init__(self) -> None:
+    def __init__(self, sizes: Mapping[Key, int], stop: Stop) -> None:
         self.removed: list[Removed] = []
         self.scrubbed: dict[Key, int] = {}
         self.failed: list[tuple[str, str]] = []
+        self._sizes = sizes
+        self._stop = stop
+        self._most = _most_together()
 
     def some(self, pending: deque[Key]) -> None:
         """Take as many dead arenas as go together, then list once: their owners are dead and can not come back, as their
         bytes are ours, so the listing has every segment that they will ever have."""
         taken: dict[Key, int] = {}
+        nbytes = 0
         try:
-            while pending and len(taken) < _TOGETHER and self._take(pending, taken):
-                pass
+            while pending and len(taken) < self._most and nbytes < _TOGETHER_BYTES:
+                nbytes += self._sizes[pending[0]]
+                if not self._take(pending, taken):
+                    break
             if taken:
                 for key, numbers in self._listing(pending, taken).items():
-                    self._remove(key, numbers)
+                    if not self._remove(key, numbers):
+                        pending.append(key)
+        except OSError as error:
+            self.failed += [(names.segment_name(*key, names.CONTROL)[1:], str(error)) for key in taken]
         finally:
             for fd in taken.values():
                 os.close(fd)
@@ -394,30 +434,40 @@ class _Sweep:
                 numbers[one.namespace, one.arena].append(one.number)
         return numbers
 
-    def _remove(self, key: Key, numbers: list[int]) -> None:
-        """Data first; control only when no data is left that we may remove, so that who comes next finds the arena."""
+    def _remove(self, key: Key, numbers: list[int]) -> bool:
+        """Data first; control only when no data is left that we may remove, so that who comes next finds the arena. False
+        where it was told to stop before it was through."""
         for number in sorted(numbers, reverse=True):
-            one = _look_at(names.Found(*key, number))
-            if one is not None and not self._unlink(one):
-                return
+            if self.removed and self._stop():
+                return False
+            if not self._unlink(names.Found(*key, number)):
+                break
+        return True
 
     def orphan(self, one: Segment) -> None:
         """Control comes before data and goes after it, and ids are never used twice: still without one, it is nobody's."""
-        if one.key is not None and not names.exists(names.segment_name(*one.key, names.CONTROL)):
-            now = _look_at(names.Found(*one.key, one.number))
-            if now is not None:
-                self._unlink(now)
-
-    def _unlink(self, one: Segment) -> bool:
-        """False where it should have gone and could not; what is no file of this user is left where it is."""
-        if one.key is None or one.kind != "file" or one.uid != os.geteuid():
-            return True
+        if one.key is None:
+            return
         try:
-            if names.unlink(f"/{one.name}"):
-                self.removed.append(Removed(one.name, one.nbytes, one.key))
-            return True
+            control = _look_at(names.Found(*one.key, names.CONTROL))
         except OSError as error:
             self.failed.append((one.name, str(error)))
+            return
+        if control is None:
+            self._unlink(names.Found(*one.key, one.number))
+
+    def _unlink(self, found: names.Found) -> bool:
+        """False where it should have gone and could not; what is no file of this user is left where it is."""
+        name = names.segment_name(*found)
+        try:
+            one = _look_at(found)
+            if one is None or one.kind != "file" or one.uid != os.geteuid():
+                return True
+            if names.unlink(name):
+                self.removed.append(Removed(one.name, one.nbytes, (found.namespace, found.arena)))
+            return True
+        except OSError as error:
+            self.failed.append((name[1:], str(error)))
             return False
 
     def scrub(self, key: Key) -> None:

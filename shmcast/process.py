@@ -169,9 +169,10 @@ def _tidy(namespace: str, spared: int) -> None:
 
 
 def _tidy_a_little(todo: gc.Plan) -> bool:
-    """Some of it; whether there is more."""
+    """Some of it; whether there is more, and it goes."""
     until_s = time.monotonic() + _TIDY_SLICE_S
-    return gc.apply(todo, guard=lambda: fork_guard, stop=lambda: time.monotonic() > until_s).stopped
+    report = gc.apply(todo, guard=lambda: fork_guard, stop=lambda: time.monotonic() > until_s)
+    return report.stopped and bool(report.removed or report.scrubbed)
 
 
 def _start_afresh() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import random
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,14 +155,46 @@ def test_the_listing_is_made_anew_under_the_lock(namespace: str) -> None:
     assert files(namespace) == set()
 
 
+def limit_files(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As if so many files might be open: a sweep takes a quarter of them."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (number, number))
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done, in order: "take", "list" and "unlink"."""
+    done: list[str] = []
+    take, listing, unlink = _native.take_owner_byte, names.listing, names.unlink
+    monkeypatch.setattr(_native, "take_owner_byte", lambda fd: done.append("take") or take(fd))
+    monkeypatch.setattr(names, "listing", lambda *args: done.append("list") or listing(*args))
+    monkeypatch.setattr(names, "unlink", lambda name: done.append("unlink") or unlink(name))
+    return done
+
+
 def test_one_listing_serves_many_arenas(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for arena in range(100):
+    for arena in range(200):
         dead(namespace, arena)
-    calls = []
-    listing = names.listing
-    monkeypatch.setattr(names, "listing", lambda *args: calls.append(args) or listing(*args))
-    assert sweep(namespace).arenas == 100
-    assert len(calls) <= 6
+    limit_files(monkeypatch, 1024)
+    done = noted(monkeypatch)
+    assert sweep(namespace).arenas == 200
+    assert done.count("list") == 2  # the look, and the one under all locks
+
+
+@pytest.mark.parametrize("limit", [resource.RLIM_INFINITY, 3, 1 << 20])
+def test_any_limit_of_open_files_will_do(namespace: str, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    for arena in range(3):
+        dead(namespace, arena)
+    limit_files(monkeypatch, limit)
+    assert sweep(namespace).arenas == 3
+
+
+def test_much_to_free_is_removed_in_parts(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever forks waits for one part."""
+    for arena in range(10):
+        dead(namespace, arena)
+    monkeypatch.setattr(gc, "_TOGETHER_BYTES", 400)
+    done = noted(monkeypatch)
+    assert sweep(namespace).arenas == 10
+    assert done.count("list") == 1 + 5
 
 
 def test_a_listing_serves_only_those_that_were_locked_before_it(
@@ -169,17 +204,11 @@ def test_a_listing_serves_only_those_that_were_locked_before_it(
     for arena in range(40):
         dead(namespace, arena)
     plan = gc.plan(gc.scan(namespace))
-    done: list[str] = []
-    take, listing, unlink = _native.take_owner_byte, names.listing, names.unlink
-    monkeypatch.setattr(_native, "take_owner_byte", lambda fd: done.append("take") or take(fd))
-    monkeypatch.setattr(names, "listing", lambda *args: done.append("list") or listing(*args))
-    monkeypatch.setattr(names, "unlink", lambda name: done.append("unlink") or unlink(name))
+    limit_files(monkeypatch, 128)
+    done = noted(monkeypatch)
     gc.apply(plan)
     assert done.count("take") == 40
-    last = ""
-    for step in done:
-        assert not (step == "unlink" and last == "take")
-        last = step
+    assert not any(pair == ("take", "unlink") for pair in itertools.pairwise(done))
     assert done.count("list") == 2
 
 
@@ -208,15 +237,102 @@ def test_data_whose_control_has_come_since_is_left_alone(namespace: str) -> None
     assert len(gc.apply(plan).removed) == 1
 
 
-def test_told_to_stop_it_stops_between_arenas(namespace: str) -> None:
-    for arena in range(70):
+def stop_after(removed: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Says stop once so many names are gone."""
+    gone: list[str] = []
+    unlink = names.unlink
+    monkeypatch.setattr(names, "unlink", lambda name: gone.append(name) or unlink(name))
+    return lambda: len(gone) >= removed
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_told_to_stop_it_stops_before_the_next_name(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    for arena in (5, 6):
+        dead(namespace, arena, data=3)
+    report = sweep(namespace, stop=stop_after(count, monkeypatch))
+    assert (len(report.removed), report.stopped) == (count, True)
+    assert len(files(namespace)) == 8 - count
+    report = sweep(namespace, stop=lambda: False)
+    assert (len(report.removed), report.stopped) == (8 - count, False)
+
+
+def test_told_to_stop_after_the_last_name_it_is_through(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead(namespace, 5, data=3)
+    assert not sweep(namespace, stop=stop_after(4, monkeypatch)).stopped
+
+
+def test_whoever_comes_back_until_all_is_done_gets_there(namespace: str) -> None:
+    """Even where there is never time for more than one name."""
+    dead(namespace, 5, data=3)
+    plan = gc.plan(gc.scan(namespace))
+    reports = []
+    while not reports or (reports[-1].stopped and len(reports) < 9):
+        asked = itertools.count()
+        reports.append(gc.apply(plan, stop=lambda asked=asked: next(asked) > 0))
+    assert [len(report.removed) for report in reports] == [1, 1, 1, 1]
+
+
+def test_told_to_stop_a_look_has_seen_whole_arenas(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arena in range(5):
+        dead(namespace, arena, data=2)
+    looks: list[str] = []
+    status = names.status
+    monkeypatch.setattr(names, "status", lambda name: looks.append(name) or status(name))
+    asked = itertools.count()
+    scan = gc.scan(namespace, stop=lambda: next(asked) == 2)
+    assert len(looks) == len(scan.segments) == 6
+    assert {verdict.reason for verdict in gc.plan(scan).verdicts} == {"unfinished"}
+    assert sweep(namespace).arenas == 5
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_listing_that_fails_loses_nothing_of_the_report(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    for arena in (5, 6):
         dead(namespace, arena)
-    left = [False, False, True]
-    report = sweep(namespace, stop=lambda: left.pop(0))
-    assert report.stopped
-    assert 0 < report.arenas < 70
-    assert {one.key[1] for one in report.removed}.isdisjoint(found.arena for found in names.listing(namespace))
-    assert sweep(namespace).arenas == 70 - report.arenas
+    plan = gc.plan(gc.scan(namespace))
+    limit_files(monkeypatch, 4)  # one at a time
+    count = itertools.count(1)
+    listing = names.listing
+
+    def fail() -> list[names.Found]:
+        if next(count) == fails_at:
+            raise OSError(errno.EIO, "Input/output error")
+        return listing()
+
+    monkeypatch.setattr(names, "listing", fail)
+    report = gc.apply(plan)
+    ((name, why),) = report.failed
+    assert name == names.segment_name(namespace, 4 + fails_at, 0)[1:]
+    assert "Input/output error" in why
+    assert {one.key[1] for one in report.removed} == {7 - fails_at}
+    monkeypatch.undo()
+    assert sweep(namespace).arenas == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_data_that_can_not_be_looked_at_stays(namespace: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Whether itself or the control segment that would keep it."""
+    dead(namespace, 5)
+    (SHM / names.segment_name(namespace, 5, 0)[1:]).unlink()
+    plan = gc.plan(gc.scan(namespace))
+    blind = names.segment_name(namespace, 5, number)
+    status = names.status
+
+    def refuse(name: str) -> os.stat_result | None:
+        if name == blind:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return status(name)
+
+    monkeypatch.setattr(names, "status", refuse)
+    report = gc.apply(plan)
+    assert report.removed == ()
+    assert [name for name, _ in report.failed] == [names.segment_name(namespace, 5, 1)[1:]]
+    monkeypatch.undo()
+    assert len(gc.apply(plan).removed) == 1
 
 
 def test_what_can_not_be_removed_is_said_and_the_rest_goes(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,10 +410,13 @@ def test_names_that_are_none_of_ours_are_shown_where_all_are_asked_for(namespace
 
 def few_descriptors(parent, namespace: str) -> None:
     plan = gc.plan(gc.scan(namespace))
+    others = [os.open("/", os.O_RDONLY) for _ in range(40)]  # so that a quarter is more than there are left
     opened = len(os.listdir("/proc/self/fd")) - 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 4, opened + 4))
     report = gc.apply(plan)
     parent.send((report.arenas, report.failed))
+    for fd in others:
+        os.close(fd)
 
 
 def test_few_descriptors_are_enough(child, namespace: str) -> None:

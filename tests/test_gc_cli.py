@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 import types
@@ -131,11 +133,34 @@ def test_what_can_not_be_removed_is_exit_code_1(namespace, capsys, monkeypatch) 
     assert code == 1
     (failed,) = said["failed"]
     assert "not permitted" in failed["why"]
+    assert cli.text({**said, "segments": []})[0].startswith(f"failed  {failed['name']}")  # it has come since the look
     assert {one["state"] for one in said["segments"]} == {"failed", "left"}
     assert cli.main(["--namespace", namespace]) == 1
     assert "not permitted" in capsys.readouterr().out
     monkeypatch.undo()
     assert cli.main(["--namespace", namespace]) == 0
+
+
+def test_what_goes_wrong_half_way_loses_nothing_of_the_report(namespace, capsys, monkeypatch) -> None:
+    dead(namespace, 5)
+    dead(namespace, 6)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))  # one arena at a time
+    count = itertools.count()
+    listing = names.listing
+
+    def fail(*args: str) -> list[names.Found]:
+        if next(count) == 2:  # the look, the first arena, the second
+            raise OSError(5, "Input/output error")
+        return listing(*args)
+
+    monkeypatch.setattr(names, "listing", fail)
+    code, said = asked(capsys, "--namespace", namespace)
+    assert code == 1
+    assert said["removed"]["arenas"] == 1
+    assert sorted(one["state"] for one in said["segments"]) == ["failed", "left", "removed", "removed"]
+    assert "Input/output error" in said["failed"][0]["why"]
+    monkeypatch.undo()
+    assert asked(capsys, "--namespace", namespace)[0] == 0
 
 
 def test_where_dev_shm_can_not_be_read_nothing_is_begun(namespace, capsys, monkeypatch, tmp_path) -> None:
@@ -264,8 +289,12 @@ def test_foreign_removes_on_request_what_may_go(namespace, capsys, others) -> No
     assert others.removed == ["psm_2"]
     assert [one["state"] for one in said["foreign"]["leftovers"]] == ["kept", "removed"]
     others.removed.clear()
-    assert asked(capsys, "--foreign", "--remove", "--dry-run", "--namespace", namespace)[0] == 0
+    code, said = asked(capsys, "--foreign", "--remove", "--dry-run", "--namespace", namespace)
+    assert code == 3
+    assert [one["state"] for one in said["foreign"]["leftovers"]] == ["kept", "would remove"]
     assert others.removed == []
+    # what is only reported is not to go
+    assert asked(capsys, "--foreign", "--dry-run", "--namespace", namespace)[0] == 0
 
 
 def test_foreign_on_terms(namespace, capsys, others) -> None:
@@ -274,10 +303,37 @@ def test_foreign_on_terms(namespace, capsys, others) -> None:
     assert others.asked == [{"patterns": ("a*", "b*"), "min_age_s": 3.0, "sole_pid_namespace": True}]
 
 
-def test_foreign_that_stays_though_it_should_go(namespace, capsys, monkeypatch) -> None:
+def test_foreign_that_is_gone_already(namespace, capsys, monkeypatch) -> None:
     monkeypatch.setattr(shmcast, "foreign", Others(obeys=False, complete=False), raising=False)
     code, said = asked(capsys, "--foreign", "--remove", "--namespace", namespace)
-    assert code == 1
-    assert said["foreign"]["leftovers"][1]["state"] == "left"
+    assert code == 0
+    assert said["foreign"]["leftovers"][1]["state"] == "gone"
     cli.main(["--foreign", "--namespace", namespace])
     assert "another pid namespace" in capsys.readouterr().out
+
+
+def test_foreign_that_can_not_be_looked_for_means_that_nothing_was_done(namespace, capsys, others, monkeypatch) -> None:
+    gone = dead(namespace)
+
+    def fail(**terms: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", "/proc")
+
+    monkeypatch.setattr(others, "scan", fail)
+    assert cli.main(["--foreign", "--namespace", namespace]) == 2
+    out, err = capsys.readouterr()
+    assert (out, "/proc" in err) == ("", True)
+    assert files(namespace) == set(gone)
+    assert cli.main(["--namespace", namespace]) == 0
+
+
+def test_foreign_that_stays_though_it_should_go_says_why(namespace, capsys, others, monkeypatch) -> None:
+    dead(namespace)
+
+    def fail(one: Any) -> bool:
+        raise OSError(16, "not removed: somebody has it open or maps it", one.name)
+
+    monkeypatch.setattr(others, "remove", fail)
+    code, said = asked(capsys, "--foreign", "--remove", "--namespace", namespace)
+    assert (code, said["removed"]["arenas"]) == (1, 1)
+    _, second = said["foreign"]["leftovers"]
+    assert (second["state"], "somebody has it open" in second["reason"]) == ("left", True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import select
@@ -18,10 +20,11 @@ import numpy as np
 import pytest
 
 import shmcast
-from shmcast import _native, gc, names
-
-pytest.importorskip("inotify_simple")
+from shmcast import _native, gc, names, process
+from shmcast.cli import gc as cli
 from shmcast.cli import watch as watching
+
+inotify_simple = pytest.importorskip("inotify_simple")
 
 SHM = Path(names.DIRECTORY)
 LINE_TIMEOUT_S = 60.0
@@ -38,8 +41,14 @@ class Daemon:
         self.first = self.event()
         assert self.first["event"] == "watching"
 
-    def event(self) -> dict[str, Any]:
-        """Its next line."""
+    def event(self, *, stays: bool = False) -> dict[str, Any]:
+        """Its next line; those of what stays are left out, as the first look may come before or after the test's arenas."""
+        said = self._line()
+        while said["event"] == "stays" and not stays:
+            said = self._line()
+        return said
+
+    def _line(self) -> dict[str, Any]:
         stdout = self.process.stdout
         assert stdout is not None
         while b"\n" not in self._pending:
@@ -72,12 +81,14 @@ def daemon(namespace: str) -> Iterator[Callable[..., Daemon]]:
 
 
 def owner(parent) -> None:
+    process.tidy_now_and_then = lambda *_: None  # it may be faster than the daemon
     with shmcast.Arena.create("2MiB", segment_bytes="1MiB", max_blocks=64) as arena:
         parent.send(arena.publish(np.full(1000, 7, np.uint8), readers=0, keep=True).to_bytes())
         parent.receive()
 
 
 def reader(parent, raw) -> None:
+    process.tidy_now_and_then = lambda *_: None
     lease = shmcast.attach(raw)
     parent.send(int(lease.array[0]))
     parent.receive()
@@ -96,7 +107,8 @@ def test_a_killed_owner_is_noticed(child, namespace, daemon) -> None:
         left = files(namespace)
         peer.kill()
         said = running.event()
-        assert (said["event"], said["arenas"]) == ("removed", 1)
+        assert (said["event"], said["arenas"], said["reason"]) == ("removed", 1, "owner-dead")
+        assert said["why"].startswith(f"its owner is dead: pid {peer.pid}, ")
         assert set(said["segments"]) == left
         assert files(namespace) == set()
     code, last = running.end(signal.SIGTERM)
@@ -119,6 +131,9 @@ def test_a_killed_reader_is_scrubbed_and_the_living_stay(child, namespace, daemo
     dying, living = child(reader, raw), child(reader, raw)
     assert (dying.receive(), living.receive()) == (7, 7)
     running = daemon()
+    for _ in range(2):
+        said = running.event(stays=True)
+        assert (said["event"], said["reason"]) == ("stays", "owner-alive")
     stopped.signal(signal.SIGSTOP)
     dying.kill()
     said = running.event()
@@ -185,23 +200,75 @@ def test_a_port_that_is_taken(namespace) -> None:
     assert "--metrics-port: listen at 127.0.0.1:" in done.stderr
 
 
-def test_nobody_reads_what_it_says(child, namespace, daemon) -> None:
-    running = daemon()
-    stdout = running.process.stdout
-    stdout.close()
+def stdout_full(stack: contextlib.ExitStack) -> Any:
+    return stack.enter_context(open("/dev/full", "w"))
+
+
+def stdout_unread(stack: contextlib.ExitStack) -> Any:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return stack.enter_context(os.fdopen(writing, "w"))
+
+
+def stdout_stuck(stack: contextlib.ExitStack) -> Any:
+    """A pipe that is full, and that nobody drains."""
+    reading, writing = os.pipe()
+    stack.callback(os.close, reading)
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(1 << 16))
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    return stack.enter_context(os.fdopen(writing, "w"))
+
+
+@pytest.mark.parametrize("stdout", [stdout_full, stdout_unread, stdout_stuck])
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_what_it_says_is_taken_by_nobody(child, namespace, stdout, form) -> None:
+    (SHM / names.segment_name(namespace, 5, 0)[1:]).touch()
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-m", "shmcast.cli.gc", "--watch", "--namespace", namespace, "--rescan", "3600"]
+        process = subprocess.Popen([*command, *form], stdout=stdout(stack), stderr=subprocess.PIPE)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        gone(namespace, process)  # the first look
+        for _ in range(2):
+            peer = child(owner)
+            peer.receive()
+            peer.kill()
+            gone(namespace, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LINE_TIMEOUT_S) == 0
+        assert process.stderr.read() == b""
+
+
+def gone(namespace: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until nothing is left. There is no line to wait for."""
+    while files(namespace):
+        assert process.poll() is None, process.stderr.read()
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("seconds", ["3000000", "1e10", "inf"])
+def test_any_time_between_rescans_will_do(child, namespace, daemon, seconds) -> None:
+    running = daemon("--rescan", seconds)
     peer = child(owner)
     peer.receive()
-    (control,) = (name for name in files(namespace) if name.endswith(".0"))
-    fd = os.open(SHM / control, os.O_RDONLY)
-    try:
-        peer.kill()
-        # The header says so once it is at work; there is no line to wait for.
-        while not _native.inspect(fd)["ended"]:
-            os.sched_yield()
-    finally:
-        os.close(fd)
-    running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(LINE_TIMEOUT_S) == 0
+    peer.kill()
+    assert running.event()["event"] == "removed"
+    assert running.end(signal.SIGTERM)[0] == 0
+
+
+def test_no_inotify_instance_left_is_not_begun(namespace, capsys, monkeypatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(inotify_simple, "INotify", refuse)
+    assert cli.main(["--watch", "--namespace", namespace]) == cli.NOT_BEGUN
+    assert "fs.inotify.max_user_instances" in capsys.readouterr().err
 
 
 # ---- what is looked at when
@@ -234,7 +301,7 @@ def test_an_event_is_looked_at_a_moment_later_and_a_few_times(namespace) -> None
             looks.append(round(now - 10.0, 3))
         assert looks == [0.01, 0.06, 0.26, 0.86]
         assert looks[-1] < 1.0
-        assert said.events == []
+        assert [event for event, _ in said.events] == ["stays"]  # said by the first look
 
 
 def test_many_events_are_one_look(namespace) -> None:
@@ -315,3 +382,141 @@ def test_a_listing_that_fails_does_not_end_it(namespace, monkeypatch) -> None:
     assert said.events == [("failed", {"name": names.DIRECTORY, "why": "[Errno 24] Too many open files"})]
     watch.look(10.0)
     assert gc.scan(namespace).segments == ()
+
+
+# ---- what fails again and again
+
+
+def hear(watch: watching.Watch, events: Any, now: float) -> None:
+    """What the daemon's own work has made the kernel say."""
+    for event in events.read(timeout=0):
+        watch.heard(event.name, now)
+
+
+def looks_until_quiet(watch: watching.Watch, events: Any, now: float) -> int:
+    """How many looks there are before the rescan, if nobody else does anything; some 20 at most."""
+    before = watch.totals.sweeps
+    while watch.wait_s(now) < 100.0 and watch.totals.sweeps < before + 20:
+        now += watch.wait_s(now)
+        watch.look(now)
+        hear(watch, events, now)
+    return watch.totals.sweeps - before
+
+
+def fails(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "not permitted")
+
+
+@pytest.mark.parametrize("first", ["event", "rescan"])
+@pytest.mark.parametrize(("where", "what"), [(names, "unlink"), (_native, "mark_ended"), (_native, "scrub_dead_peers")])
+def test_it_is_not_woken_for_ever_by_its_own_failures(child, namespace, monkeypatch, where, what, first) -> None:
+    peer = child(owner)
+    raw = peer.receive()
+    dying = child(reader, raw)
+    dying.receive()
+    (dying if what == "scrub_dead_peers" else peer).kill()
+    if what != "scrub_dead_peers":
+        dying.join()
+    (control,) = (name for name in files(namespace) if name.endswith(".0"))
+    watch = watching.Watch(namespace, Said(), lambda: False, 1000.0)
+    with inotify_simple.INotify() as events, monkeypatch.context() as patch:
+        events.add_watch(names.DIRECTORY, inotify_simple.flags.CLOSE_WRITE)
+        patch.setattr(where, what, fails)
+        if first == "event":
+            watch._next_rescan = 1000.0
+            watch.heard(control, 10.0)
+            assert looks_until_quiet(watch, events, 10.0) == len(watching._LOOKS_S)
+        else:
+            watch.look(10.0)
+            hear(watch, events, 10.0)
+            assert looks_until_quiet(watch, events, 10.0) == 0
+        # the rescan tries once more, and hears nothing of that either
+        errors = watch.totals.errors
+        watch.look(2000.0)
+        hear(watch, events, 2000.0)
+        assert looks_until_quiet(watch, events, 2000.0) == 0
+        assert watch.totals.errors == errors + 1
+    watch.look(3000.0)
+    watch.heard(control, 3000.0)
+    assert watch.wait_s(3000.0) < 1.0  # it listens again
+    assert watch.totals.arenas + watch.totals.processes == 1
+
+
+def test_told_to_stop_it_looks_no_further(namespace, monkeypatch) -> None:
+    (SHM / names.segment_name(namespace, 5, 0)[1:]).touch()
+    looks: list[str] = []
+    status = names.status
+    monkeypatch.setattr(names, "status", lambda name: looks.append(name) or status(name))
+    said = Said()
+    watching.Watch(namespace, said, lambda: True, 1000.0).look(0.0)
+    assert (looks, said.events) == ([], [])
+    monkeypatch.undo()
+    assert shmcast.sweep().arenas == 1
+
+
+# ---- what is said
+
+
+def test_what_goes_is_said_with_its_reason(namespace) -> None:
+    for number in (1, 2):
+        (SHM / names.segment_name(namespace, 5, number)[1:]).touch()
+    (SHM / names.segment_name(namespace, 6, 0)[1:]).touch()
+    _, said = made(namespace)
+    assert {fields["reason"]: (event, fields["arenas"], len(fields["segments"])) for event, fields in said.events} == {
+        "no-control": ("removed", 1, 2),
+        "unfinished": ("removed", 1, 1),
+    }
+
+
+def test_a_line_has_so_many_names_at_most(namespace) -> None:
+    for arena in range(50):
+        for number in range(3):
+            (SHM / names.segment_name(namespace, arena, number)[1:]).touch()
+    _, said = made(namespace)
+    lines = [fields for event, fields in said.events if event == "removed"]
+    assert [len(fields["segments"]) for fields in lines] == [64, 64, 22]
+    assert len({name for fields in lines for name in fields["segments"]}) == 150
+    assert sum(fields["arenas"] for fields in lines) == 50
+
+
+def test_what_stays_is_said_once_and_when_that_changes(child, namespace) -> None:
+    odd = SHM / names.segment_name(namespace, 5, 0)[1:]
+    odd.mkdir()
+    try:
+        peer = child(owner)
+        peer.receive()
+        watch, said = made(namespace, rescan_s=5.0)
+        assert {fields["reason"]: len(fields["segments"]) for _, fields in said.events} == {
+            "owner-alive": 2, "no-file": 1,
+        }  # fmt: skip
+        assert {event for event, _ in said.events} == {"stays"}
+        said.events.clear()
+        watch.look(5.0)
+        assert said.events == []
+        peer.signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, peer.pid, os.WSTOPPED | os.WNOWAIT)
+        watch.look(10.0)
+        ((event, fields),) = said.events
+        assert (event, fields["reason"], fields["arenas"]) == ("stays", "owner-paused", 1)
+        assert "paused" in fields["why"]
+        peer.signal(signal.SIGCONT)
+    finally:
+        odd.rmdir()
+
+
+def test_names_that_are_none_of_ours_stay_too(namespace) -> None:
+    odd = SHM / f"shmcast.{namespace}.oddity"
+    odd.touch()
+    try:
+        said = Said()
+        watching.Watch(None, said, lambda: False, 1000.0)._tell_what_stays(gc.plan(gc.scan(closely=True)))
+        strays = [fields for _, fields in said.events if fields["reason"] == "no-name"]
+        assert odd.name in {name for fields in strays for name in fields["segments"]}
+    finally:
+        odd.unlink()
+
+
+def test_a_line_for_people_has_it_all() -> None:
+    fields = {"arenas": 1, "segments": ["a", "b"], "nbytes": 4096, "reason": "owner-dead", "why": "its owner is dead"}
+    line = watching._describer(False)("removed", **fields)
+    assert line == "shmcast-gc: removed arenas 1, 2 segments: a b, 4096 bytes (4.0 KiB), its owner is dead"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -144,11 +146,13 @@ def test_it_is_done_in_slices(child, namespace, monkeypatch) -> None:
         peer.receive()
     for peer in peers:
         peer.kill()
-    monkeypatch.setattr(process, "_TIDY_SLICE_S", -1.0)
     todo = gc.plan(gc.scan(namespace))
-    assert process._tidy_a_little(todo)
-    assert len(arenas(namespace)) == 3
-    monkeypatch.setattr(process, "_TIDY_SLICE_S", 60.0)
+    ticks = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "_TIDY_SLICE_S", 1.5)
+        patched.setattr(process, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+        assert process._tidy_a_little(todo)
+    assert len(names.listing(namespace)) == 5  # one of two a process
     assert not process._tidy_a_little(todo)
     assert arenas(namespace) == set()
 

@@ -1,5 +1,6 @@
 """shmcast-gc --metrics-port: what is in /dev/shm, and what was removed, as Prometheus asks for it."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,16 @@ class _Census(Collector):
     def __init__(self, namespace: str | None, totals: "Totals") -> None:
         self._namespace = namespace
         self._totals = totals
+        self._last: list[Metric] = []
 
     def collect(self) -> Iterator[Metric]:
         totals = self._totals
-        yield from self._now()
+        try:
+            self._last = self._now()
+        except OSError:
+            totals.errors += 1
+        # What was seen last: zeros would be an answer, and a wrong one.
+        yield from self._last
         counters = (
             ("removed_arenas", "Dead arenas of which something was removed.", totals.arenas),
             ("removed_segments", "Segments removed.", totals.segments),
@@ -34,13 +41,10 @@ class _Census(Collector):
         for name, text, value in counters:
             yield CounterMetricFamily(f"shmcast_gc_{name}", text, value=value)
 
-    def _now(self) -> Iterator[Metric]:
-        try:
-            seen = gc.scan(self._namespace, closely=True)
-        except OSError:
-            self._totals.errors += 1
-            seen = gc.Scan(0, 0)
-        free, total = names.room()
+    def _now(self) -> list[Metric]:
+        """OSError where one can not look."""
+        seen = gc.scan(self._namespace, closely=True)
+        room = os.statvfs(names.DIRECTORY)
         alive = [one for one in seen.controls.values() if one.held]
         gauges = (
             ("shmcast_arenas", "Arenas whose owner is alive.", len(alive)),
@@ -53,11 +57,10 @@ class _Census(Collector):
                 "Bytes of data segments of live arenas.",
                 sum(one.reserved_bytes for one in alive),
             ),
-            ("shmcast_shm_size_bytes", f"Size of {names.DIRECTORY}.", total),
-            ("shmcast_shm_free_bytes", f"Free bytes of {names.DIRECTORY}.", free),
+            ("shmcast_shm_size_bytes", f"Size of {names.DIRECTORY}.", room.f_blocks * room.f_frsize),
+            ("shmcast_shm_free_bytes", f"Free bytes of {names.DIRECTORY}.", room.f_bavail * room.f_frsize),
         )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value=value)
+        return [GaugeMetricFamily(name, text, value=value) for name, text, value in gauges]
 
 
 def serve(address: str, port: int, namespace: str | None, totals: "Totals") -> tuple[int, Callable[[], None]]:

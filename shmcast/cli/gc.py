@@ -5,11 +5,15 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import gc, names
 from ..sizes import format_bytes
+from . import output
 from .codes import DONE, LEFT, NOT_BEGUN, WOULD_REMOVE, NotBegunError
+
+if TYPE_CHECKING:
+    from ..foreign import Census, Leftover
 
 JSON_VERSION = 1
 """Of the documents; raised when a field changes its meaning or goes."""
@@ -22,8 +26,11 @@ makes it sooner."""
 EPILOG = """exit codes:
   0  nothing is left that should be gone; with --watch: ended by SIGTERM or SIGINT
   1  something should be gone and could not be removed; the output says what and why
-  2  not begun: wrong options, a missing extra, a port that is taken, /dev/shm can not be read or watched
+  2  not begun: wrong options, a missing extra, a port that is taken, /dev/shm (--foreign: /proc) can not be read or watched
   3  --dry-run: there is something to remove
+
+It is what was done, also where the output can not be written: nobody who reads a pipe is no failure, anything else is said
+on stderr.
 """
 
 
@@ -101,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return watch(options)
         return once(options)
     except NotBegunError as error:
-        print(f"shmcast-gc: {error}", file=sys.stderr)
+        output.complain(f"shmcast-gc: {error}")
         return NOT_BEGUN
 
 
@@ -109,25 +116,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def once(options: argparse.Namespace) -> int:
-    """Look, remove, report."""
+    """Look, remove, report. Whatever may be missing is looked at first: NotBegunError means that nothing was done."""
+    census = look_at_others(options) if options.foreign else None
     began = time.monotonic()
     try:
         todo = gc.plan(gc.scan(options.namespace, closely=True))
-        report = gc.Report() if options.dry_run else gc.apply(todo)
     except OSError as error:
         raise NotBegunError(f"read {names.DIRECTORY}: {error}") from None
+    report = gc.Report() if options.dry_run else gc.apply(todo)
     result = document(options, todo, report)
     result["seconds"] = round(time.monotonic() - began, 6)
-    left = bool(report.failed)
-    if options.foreign:
-        result["foreign"], failed = foreign(options)
-        left = left or failed
-    code = LEFT if left else WOULD_REMOVE if options.dry_run and (todo.removals or todo.scrubs) else DONE
-    result["exit_code"] = code
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_text(result)
+    states: set[str] = set()
+    if census is not None:
+        result["foreign"] = foreign(options, census)
+        states = {one["state"] for one in result["foreign"]["leftovers"]}
+    left = report.failed or "left" in states
+    to_go = options.dry_run and (todo.removals or todo.scrubs or "would remove" in states)
+    result["exit_code"] = code = LEFT if left else WOULD_REMOVE if to_go else DONE
+    output.show(json.dumps(result, indent=1).splitlines() if options.json else text(result))
     return code
 
 
@@ -178,8 +184,8 @@ def segments(todo: gc.Plan, report: gc.Report, dry_run: bool) -> list[dict[str, 
     return result
 
 
-def foreign(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """What others have left, what was removed of it, and whether something that should have gone is still there."""
+def look_at_others(options: argparse.Namespace) -> "Census":
+    """What others have left. NotBegunError where one can not look."""
     from .. import foreign as others
 
     terms: dict[str, Any] = {}
@@ -190,18 +196,17 @@ def foreign(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     if options.sole_pid_namespace:
         terms["sole_pid_namespace"] = True
     try:
-        census = others.scan(**terms)
+        return others.scan(**terms)
     except OSError as error:
         raise NotBegunError(f"look for what others have left: {error}") from None
-    left = False
+
+
+def foreign(options: argparse.Namespace, census: "Census") -> dict[str, Any]:
+    """What others have left, and what has become of it. "state": kept, removable, would remove, removed, left, or
+    gone: somebody else has removed it."""
     found = []
     for one in census.leftovers:
-        state = "kept"
-        if one.removable:
-            state = "removable"
-            if options.remove and not options.dry_run:
-                state = "removed" if others.remove(one) else "left"
-            left = left or state == "left"
+        state, trouble = _settle(options, one)
         users = [{"pid": user.pid, "command": user.command, "how": user.how} for user in one.users]
         found.append(
             {
@@ -211,24 +216,41 @@ def foreign(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
                 "uid": one.uid,
                 "users": users,
                 "removable": one.removable,
-                "reason": one.reason,
+                "reason": f"{one.reason}; {trouble}" if trouble else one.reason,
                 "state": state,
             }
         )
-    return {"complete": census.complete, "why": census.why, "leftovers": found}, left
+    return {"complete": census.complete, "why": census.why, "leftovers": found}
+
+
+def _settle(options: argparse.Namespace, one: "Leftover") -> tuple[str, str]:
+    """What becomes of it, and what went wrong."""
+    from .. import foreign as others
+
+    if not one.removable:
+        return "kept", ""
+    if not options.remove:
+        return "removable", ""
+    if options.dry_run:
+        return "would remove", ""
+    try:
+        return ("removed" if others.remove(one) else "gone"), ""
+    except OSError as error:
+        return "left", str(error)
 
 
 # ---- text
 
 
-def print_text(result: dict[str, Any]) -> None:
+def text(result: dict[str, Any]) -> list[str]:
     """The document as lines for people."""
     rows = [(one["state"], one["name"], one["nbytes"], one["why"]) for one in result["segments"]]
     rows += [
         ("scrubbed", f"shmcast.{one['namespace']}.{one['arena']}.0", None, f"{one['processes']} dead processes in it")
         for one in result["scrubbed"]
     ]
-    _print_rows(rows)
+    known = {one["name"] for one in result["segments"]}
+    rows += [("failed", one["name"], None, one["why"]) for one in result["failed"] if one["name"] not in known]
     removed, shm = result["removed"], result["shm"]
     to_go = sum(one["verdict"] == "remove" for one in result["segments"])
     done = (
@@ -236,15 +258,17 @@ def print_text(result: dict[str, Any]) -> None:
         if result["dry_run"]
         else f"{removed['segments']} removed ({format_bytes(removed['nbytes'])})"
     )
-    print(
+    lines = [
+        *_aligned(rows),
         f"{len(result['segments'])} segments, {done}, {len(result['failed'])} failed; "
-        f"{names.DIRECTORY}: {format_bytes(shm['free_bytes'])} free of {format_bytes(shm['total_bytes'])}"
-    )
+        f"{names.DIRECTORY}: {format_bytes(shm['free_bytes'])} free of {format_bytes(shm['total_bytes'])}",
+    ]
     others = result.get("foreign")
     if others is not None:
-        print()
-        _print_rows([(one["state"], one["name"], one["nbytes"], _why_foreign(one)) for one in others["leftovers"]])
-        print(f"{len(others['leftovers'])} segments of others" + ("" if others["complete"] else f"; {others['why']}"))
+        found = [(one["state"], one["name"], one["nbytes"], _why_foreign(one)) for one in others["leftovers"]]
+        why = "" if others["complete"] else f"; {others['why']}"
+        lines += ["", *_aligned(found), f"{len(found)} segments of others{why}"]
+    return lines
 
 
 def _why_foreign(one: dict[str, Any]) -> str:
@@ -252,13 +276,14 @@ def _why_foreign(one: dict[str, Any]) -> str:
     return f"{one['reason']}; {one['age_s']:.0f} s old" + (f"; {users}" if users else "")
 
 
-def _print_rows(rows: list[tuple[str, str, int | None, str]]) -> None:
-    if rows:
-        width = max(len(name) for _, name, _, _ in rows)
-        state_width = max(len(state) for state, _, _, _ in rows)
-        for state, name, nbytes, why in rows:
-            size = "" if nbytes is None else format_bytes(nbytes)
-            print(f"{state:{state_width}}  {name:{width}}  {size:>9}  {why}")
+def _aligned(rows: list[tuple[str, str, int | None, str]]) -> list[str]:
+    width = max((len(name) for _, name, _, _ in rows), default=0)
+    state_width = max((len(state) for state, _, _, _ in rows), default=0)
+    lines = []
+    for state, name, nbytes, why in rows:
+        size = "" if nbytes is None else format_bytes(nbytes)
+        lines.append(f"{state:{state_width}}  {name:{width}}  {size:>9}  {why}")
+    return lines
 
 
 if __name__ == "__main__":

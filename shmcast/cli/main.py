@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 
 from .. import doctor, looks, names
 from ..sizes import parse_bytes
+from . import output
 
 USAGE = 64
-"""Exit status where the command line is wrong: 1 and 2 are what `doctor` finds."""
+"""Exit status where the command line is wrong, or nothing can be looked at: 1 and 2 are what `doctor` finds."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,12 +23,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stderr.close()  # `shmcast ls | head`: nobody reads on, which is no failure
-        return 0
+    status: int = options.run(options)
     return status
 
 
@@ -43,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what is wrong with this host, why it matters, and what mends it",
         epilog="exit status: 0 nothing to mend, 1 warnings, 2 faults, 64 wrong command line",
     )
-    doc.add_argument("--expect", type=_size, help="bytes of arenas that are to fit, such as 4GiB")
+    doc.add_argument(
+        "--expect",
+        type=_size,
+        help="bytes of arenas that are to fit, such as 4GiB; default: SHMCAST_MAX_BYTES, until there is such an arena",
+    )
     doc.add_argument("--json", action="store_true", help="an object instead of text")
     doc.set_defaults(run=_doctor)
     return parser
@@ -67,15 +67,17 @@ def _size(text: str) -> int:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    seen = looks.survey(options.namespace)
+    try:
+        seen = looks.survey(options.namespace)
+    except OSError as error:
+        output.complain(f"list the arenas in {names.DIRECTORY}: {error}")
+        return USAGE
     if options.json:
-        print(json.dumps(seen, indent=2))
+        output.show(json.dumps(seen, indent=2).splitlines())
         return 0
-    for arena in seen:
-        for line in _arena(arena):
-            print(line)
+    output.show(line for arena in seen for line in _arena(arena))
     if not seen:
-        print(f"no arenas in {names.DIRECTORY}", file=sys.stderr)
+        output.complain(f"no arenas in {names.DIRECTORY}")
     return 0
 
 
@@ -129,11 +131,15 @@ def _doctor(options: argparse.Namespace) -> int:
     findings = doctor.judge(doctor.read(), options.expect)
     status = doctor.status(findings)
     if options.json:
-        print(json.dumps({"status": status, "findings": [finding._asdict() for finding in findings]}, indent=2))
+        said = {"status": status, "findings": [finding._asdict() for finding in findings]}
+        output.show(json.dumps(said, indent=2).splitlines())
         return status
-    for finding in findings:
-        print(f"{finding.level:8}{finding.what}")
-        if finding.level != "ok":
-            print(f"        why:  {finding.why}")
-            print(f"        mend: {finding.mend}")
+    output.show(line for finding in findings for line in _finding(finding))
     return status
+
+
+def _finding(finding: doctor.Finding) -> list[str]:
+    lines = [f"{finding.level:8}{finding.what}"]
+    if finding.level != "ok":
+        lines += [f"        why:  {finding.why}", f"        mend: {finding.mend}"]
+    return lines
