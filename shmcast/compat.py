@@ -9,9 +9,7 @@ import os
 from typing import Any
 
 from .group import Group
-
-MAX_BYTES_VARIABLE = "SHMCAST_MAX_BYTES"
-"""Environment variable: size of the arena of each group that is made here; "2GiB" where it is not set."""
+from .sizes import MAX_BYTES_VARIABLE as MAX_BYTES_VARIABLE
 
 _groups: dict[tuple[int, int], tuple[Any, Group]] = {}
 """By id of the process group and source. The process group is kept along, so that no other one gets its id."""

@@ -1,10 +1,15 @@
 """What others have left in /dev/shm: `scan` says who still uses it, `remove` takes away what provably nobody uses.
 
 Others have no lock that tells the living from the dead, so two witnesses are asked. /proc says who has a file mapped or
-open: names are listed first, users afterwards, so that what was made after the listing is not in it. And the kernel says
-whether anybody has: it grants a write lease on a file (fcntl F_SETLEASE) only while no other open file description of it
-exists on the host, be it behind a descriptor, a mapping, a message in a socket, or in a pid namespace that we can not
-see. `remove` unlinks while it holds that lease, so nobody has opened the file in between either.
+open: names are listed first, users afterwards, so that what was made after the listing is not in it. It is walked once a
+scan, however many files there are, and tells people who uses what; what it shows in use stays. It misses whoever comes
+after the walk, descriptors on their way through a socket or in a table of a thread's own, and other pid namespaces.
+
+What it misses, the kernel knows. It grants a write lease on a file (fcntl F_SETLEASE) only while no other open file
+description of it exists on the host, be it behind a descriptor, a mapping, a message in a socket, or in a pid namespace
+that we can not see. `remove` asks for one on each file, and for nothing else: if the file is still the one of the scan,
+and untouched, it is unlinked while the lease is held, so that nobody has opened it in between either. Only a descriptor
+made with O_PATH is no open file to the kernel; whoever has one reaches the file without its name.
 
 Neither can see a *name* that somebody is about to open: SGLang creates a segment, closes it, and sends the name. Files
 are left alone until nobody has created, resized or written them by a system call for ``min_age_s``.
@@ -15,6 +20,7 @@ the host, or with `--pid=host`; where you know that all who use the mount are in
 /dev/shm of its own), ``sole_pid_namespace=True`` says so.
 """
 
+import errno
 import fcntl
 import fnmatch
 import os
@@ -23,7 +29,7 @@ import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from . import names, procfs
 
@@ -36,8 +42,9 @@ MIN_AGE_S = 600.0
 
 _OURS = "shmcast."
 _LISTING_ATTEMPTS = 16
-_CAP_FOWNER, _CAP_LEASE = 3, 28
-_HIDING = ("hidepid=1", "hidepid=2", "hidepid=4", "hidepid=noaccess", "hidepid=invisible", "hidepid=ptraceable")
+_CAP_FOWNER, _CAP_SYS_PTRACE, _CAP_LEASE = 3, 19, 28
+# From all but the members of a group, and from all who may not trace; with hidepid=1 processes are there and can be counted.
+_HIDING, _HIDING_FROM_ALL = ("hidepid=2", "hidepid=invisible"), ("hidepid=4", "hidepid=ptraceable")
 
 Identity = tuple[int, ...]
 """(device, inode): which file; then all that changes when somebody touches it."""
@@ -76,7 +83,6 @@ class Leftover:
     reason: str
     """Why it stays, or may go."""
     identity: Identity = ()
-    terms: Terms = Terms()
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class _Users(NamedTuple):
     """``{(device, inode): {pid: how}}``"""
     unreadable: int
     """Processes that could not be looked at."""
+    complete: bool = True
+    """Whether processes did not start faster than they were looked at."""
 
 
 def scan(
@@ -107,40 +115,59 @@ def scan(
 
 
 def remove(leftover: Leftover) -> bool:
-    """Look once more, on the same terms, and unlink the file if nobody uses it; False where it stays.
+    """Unlink the file if it is still the one that was seen, untouched, and the kernel says that nobody has it open.
 
-    What is not ``removable`` stays. A later file of that name stays, as does one that was touched since the scan."""
+    False for what is not ``removable``, and where it is gone already. OSError that says why where it stays: it was
+    touched or replaced since the scan, somebody has it open, or the system refuses. Looks at no process: see the top."""
     if not leftover.removable:
-        return False
-    now = _scan([leftover.name], leftover.terms).leftovers
-    if not now or not now[0].removable:
         return False
     path = _path(leftover.name)
     try:
         # O_NONBLOCK: whatever lies there by now, a fifo for example, must not make us wait
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        _stays(leftover, error, "it can not be opened")
     try:
-        return _identity(os.fstat(fd)) == leftover.identity and _unlink_leased(path, fd)
+        if _identity(os.fstat(fd)) != leftover.identity:
+            _stays(leftover, errno.EBUSY, "it was touched, or replaced by another file, since it was looked at")
+        return _unlink_leased(leftover, path, fd)
     finally:
         os.close(fd)  # ends the lease
 
 
-def _unlink_leased(path: str, fd: int) -> bool:
+def _unlink_leased(leftover: Leftover, path: str, fd: int) -> bool:
     try:
         # Who opens a leased file makes the kernel tell us, by SIGIO, which ends a process that does not expect it.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        if fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK:
-            return False  # somebody waits to open it
+    except BlockingIOError:
+        _stays(leftover, errno.EBUSY, "somebody has it open or maps it")
+    except OSError as error:
+        _stays(leftover, error, "the kernel does not say whether anybody has it open")
+    if fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK:
+        _stays(leftover, errno.EBUSY, "somebody waits to open it")
+    try:
         there, mine = os.lstat(path), os.fstat(fd)
         if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-            return False
+            _stays(leftover, errno.EBUSY, "another file has its name by now")
+    except FileNotFoundError:
+        return False
+    try:
         os.unlink(path)
-    except OSError:
-        return False  # EAGAIN: somebody has it open; or nobody says that nobody has
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        _stays(leftover, error, "it can not be unlinked")
     return True
+
+
+def _stays(leftover: Leftover, error: OSError | int, why: str) -> NoReturn:
+    """Raise what says why the file is still there."""
+    if isinstance(error, int):
+        raise OSError(error, f"not removed: {why}", leftover.name)
+    raise OSError(error.errno, f"not removed: {why}: {error.strerror}", leftover.name) from None
 
 
 # ---- names
@@ -180,7 +207,7 @@ def _scan(listed: list[str], terms: Terms) -> Census:
         return Census((), True, "")
     users = _users({(file.st_dev, file.st_ino) for file in files.values()})
     blind = _why_blind(device, terms)
-    unseen = _why_unseen(users.unreadable)
+    unseen = _why_unseen(users)
     return Census(
         tuple(_judge(name, file, users, device, blind, terms) for name, file in files.items()),
         not blind and not unseen,
@@ -192,7 +219,7 @@ def _judge(name: str, file: os.stat_result, users: _Users, device: int, blind: s
     found = users.of.get((file.st_dev, file.st_ino), {})
     using = tuple(User(pid, procfs.command(pid), how) for pid, how in sorted(found.items()))
     age_s = _age_s(file)
-    reason = _why_it_stays(file, using, age_s, device, blind, terms)
+    reason = _why_it_stays(file, using, age_s, device, blind, terms) or _why_not_ours(name, file)
     return Leftover(
         name=name,
         nbytes=file.st_size,
@@ -202,7 +229,6 @@ def _judge(name: str, file: os.stat_result, users: _Users, device: int, blind: s
         removable=not reason,
         reason=reason or _why_it_may_go(users.unreadable),
         identity=_identity(file),
-        terms=terms,
     )
 
 
@@ -216,23 +242,46 @@ def _why_it_stays(
     if file.st_nlink > 1:
         return f"it has {file.st_nlink} names; remove the others first"
     if using:
-        return f"used by {len(using)} process{'es' if len(using) > 1 else ''}"
+        return f"used by {_processes(len(using))}"
     if blind:
         return blind
     if age_s < terms.min_age_s:
         return f"{age_s:.0f} s old, may be about to be opened by name; left alone until {terms.min_age_s:.0f} s"
+    return ""
+
+
+def _why_not_ours(name: str, file: os.stat_result) -> str:
+    """Why this process may not lease or unlink it, or empty. The kernel counts capabilities for that only on the host."""
     uid = os.geteuid()
-    if file.st_uid != uid and not (procfs.capable(_CAP_LEASE) and procfs.capable(_CAP_FOWNER)):
-        return f"it belongs to uid {file.st_uid}, this is uid {uid}; run as that user, or as root with CAP_LEASE"
+    at_home = procfs.in_initial_user_namespace()
+    if not at_home and file.st_uid == procfs.nobody():
+        return (
+            "it belongs to a user whom this user namespace does not know; run as that user, or as root, outside of it"
+        )
+    if file.st_uid != uid and not (at_home and procfs.capable(_CAP_LEASE) and procfs.capable(_CAP_FOWNER)):
+        root = "as root with CAP_LEASE and CAP_FOWNER" if at_home else "as root outside of this user namespace"
+        return f"it belongs to uid {file.st_uid}, this is uid {uid}; run as that user, or {root}"
+    if not os.path.lexists(_path(name)):
+        return "it is gone meanwhile"
+    if not os.access(_path(name), os.R_OK, effective_ids=True):
+        return (
+            f"it can not be opened for reading (mode {file.st_mode & 0o7777:04o}), so that the kernel can not be asked"
+        )
+    if not os.access(names.DIRECTORY, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{names.DIRECTORY} can not be written"
     return ""
 
 
 def _why_it_may_go(unreadable: int) -> str:
     if not unreadable:
-        return "no process uses it"
+        return "no process is seen to use it; the kernel is asked when it is removed"
     return (
         f"no process that can be looked at uses it; for the other {unreadable} the kernel is asked when it is removed"
     )
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"
 
 
 def _kind(mode: int) -> str:
@@ -256,14 +305,34 @@ def _why_blind(device: int, terms: Terms) -> str:
     )
 
 
-def _why_unseen(unreadable: int) -> str:
-    if os.geteuid() != 0 and any(
-        option in _HIDING for mount in procfs.mounts() if mount.kind == "proc" for option in mount.options
-    ):
-        return "/proc is mounted with hidepid: processes of other users are not shown; run as root"
-    if unreadable:
-        return f"{unreadable} processes of others could not be looked at (no permission); run as root"
-    return ""
+def _why_unseen(users: _Users) -> str:
+    """Why some process may not have been looked at, and what to do; or empty."""
+    if not _sees_everybody() and _hidden():
+        return f"/proc is mounted with hidepid: processes of other users are not shown; {_advice()}"
+    if users.unreadable:
+        return f"{_processes(users.unreadable)} could not be looked at (no permission); {_advice()}"
+    return "" if users.complete else "processes start faster than they can be looked at"
+
+
+def _sees_everybody() -> bool:
+    return procfs.in_initial_user_namespace() and procfs.capable(_CAP_SYS_PTRACE)
+
+
+def _hidden() -> bool:
+    """Whether /proc leaves out processes of others."""
+    options = next((mount.options for mount in reversed(procfs.mounts()) if mount.point == procfs.PROC), ())
+    shown = any(f"gid={group}" in options for group in (os.getegid(), *os.getgroups()))
+    return any(option in _HIDING_FROM_ALL or (option in _HIDING and not shown) for option in options)
+
+
+def _advice() -> str:
+    if not procfs.in_initial_user_namespace():
+        return "run as root outside of this user namespace"
+    if os.geteuid() != 0:
+        return "run as root"
+    if not procfs.capable(_CAP_SYS_PTRACE):
+        return "this root has no CAP_SYS_PTRACE (docker run --cap-add SYS_PTRACE)"
+    return "this is root with CAP_SYS_PTRACE: something else forbids it, such as a security module or a sandbox"
 
 
 def _users(files: set[tuple[int, int]]) -> _Users:
@@ -276,24 +345,46 @@ def _users(files: set[tuple[int, int]]) -> _Users:
     for _ in range(_LISTING_ATTEMPTS):
         new = [pid for pid in procfs.pids() if pid not in seen]
         if not new:
-            break
+            return _Users(of, unreadable)
         seen.update(new)
         for pid in new:
-            if procfs.is_kernel_thread(pid):
-                continue
-            mapped, may_read_maps = _mapped(pid, files)
-            opened, may_read_files = _opened(pid, files)
-            unreadable += not (may_read_maps and may_read_files)
+            mapped, opened, readable = _used_by(pid, files)
+            unreadable += not readable
             for file in mapped | opened:
                 how = "maps and opens" if file in mapped & opened else "maps" if file in mapped else "opens"
                 of.setdefault(file, {})[pid] = how
-    return _Users(of, unreadable)
+    return _Users(of, unreadable, complete=False)
 
 
-def _mapped(pid: int, files: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], bool]:
-    """Which of the files a process maps, and whether it could be asked; one that has ended maps none."""
+def _used_by(pid: int, files: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], set[tuple[int, int]], bool]:
+    """Which of the files a process maps and opens, and whether it could be asked; one that has ended does neither.
+
+    Asked where it can be seen, then once more: its main thread, or the last that was seen, may have ended meanwhile."""
+    mapped: set[tuple[int, int]] = set()
+    opened: set[tuple[int, int]] = set()
+    readable = True
+    looked: set[str] = set()
     try:
-        with open(f"{procfs.PROC}/{pid}/maps", "rb") as file:
+        for _ in range(_LISTING_ATTEMPTS):
+            new = [folder for folder in procfs.folders(pid) if folder not in looked]
+            if not new:
+                break
+            looked.update(new)
+            for folder in new:
+                more_mapped, may_read_maps = _mapped(folder, files)
+                more_opened, may_read_files = _opened(f"{folder}/fd", files)
+                mapped |= more_mapped
+                opened |= more_opened
+                readable = readable and may_read_maps and may_read_files
+    except PermissionError:
+        readable = False
+    return mapped, opened, readable
+
+
+def _mapped(folder: str, files: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], bool]:
+    """Which of the files a process or thread maps, and whether it could be asked; one that has ended maps none."""
+    try:
+        with open(f"{folder}/maps", "rb") as file:
             text = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return set(), True
@@ -309,9 +400,8 @@ def _mapped(pid: int, files: set[tuple[int, int]]) -> tuple[set[tuple[int, int]]
     return found, True
 
 
-def _opened(pid: int, files: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], bool]:
-    """Which of the files a process has descriptors of, and whether it could be asked."""
-    folder = f"{procfs.PROC}/{pid}/fd"
+def _opened(folder: str, files: set[tuple[int, int]]) -> tuple[set[tuple[int, int]], bool]:
+    """Which of the files a process or thread has descriptors of, and whether it could be asked."""
     found = set()
     try:
         for number in os.listdir(folder):

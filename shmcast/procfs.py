@@ -4,8 +4,9 @@ import os
 from typing import NamedTuple
 
 PROC = "/proc"
-_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: this inode number is part of the kernel's interface
-_KERNEL_THREAD = 0x00200000  # PF_KTHREAD
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: these inode numbers are part of the kernel's interface
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO
+_EXITING, _KERNEL_THREAD = 0x00000004, 0x00200000  # PF_EXITING, PF_KTHREAD
 _COMMAND_LENGTH = 96
 _STATES = {
     "R": "running",
@@ -62,35 +63,91 @@ def in_initial_pid_namespace() -> bool:
         return False
 
 
-def is_kernel_thread(pid: int) -> bool:
-    """Whether it is a thread of the kernel's own, which has neither files nor memory."""
-    fields = _stat(pid)
-    return len(fields) > 6 and int(fields[6]) & _KERNEL_THREAD != 0
+def in_initial_user_namespace() -> bool:
+    """Whether capabilities of this process count everywhere, and users are those of the host."""
+    try:
+        return os.stat(f"{PROC}/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+    except FileNotFoundError:
+        return True  # a kernel that has no others
+    except OSError:
+        return False
+
+
+def nobody() -> int:
+    """As whom a user namespace shows all users that it does not know."""
+    try:
+        with open(f"{PROC}/sys/kernel/overflowuid", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65534
+
+
+def folders(pid: int) -> list[str]:
+    """Where in /proc the files and the memory of a process are to be seen: under the process itself, and, where its main
+    thread ends while others go on, under each of those. None where it has ended, or is a thread of the kernel's own.
+
+    PermissionError where its threads can not be listed."""
+    fields = _stat(f"{PROC}/{pid}")
+    flags = int(fields[6]) if len(fields) > 6 else 0
+    if flags & _KERNEL_THREAD:
+        return []
+    ended = fields[:1] == ["Z"]
+    return [*([] if ended else [f"{PROC}/{pid}"]), *(_threads(pid) if ended or flags & _EXITING else [])]
+
+
+def _threads(pid: int) -> list[str]:
+    """The folders of all its threads but the first."""
+    try:
+        found = os.listdir(f"{PROC}/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [f"{PROC}/{pid}/task/{thread}" for thread in found if thread != str(pid)]
 
 
 def state(pid: int) -> str:
-    """ "running", "stopped", "zombie", or "gone"."""
-    fields = _stat(pid)
+    """ "running", "stopped", "zombie", or "gone"; of a process whose main thread has ended, that of the others."""
+    state = _state(f"{PROC}/{pid}")
+    if state != "zombie":
+        return state
+    try:
+        others = [_state(folder) for folder in _threads(pid)]
+    except OSError:
+        return state
+    return next((other for other in others if other in ("running", "stopped")), state)
+
+
+def _state(folder: str) -> str:
+    fields = _stat(folder)
     return _STATES.get(fields[0], "gone") if fields else "gone"
 
 
 def start_ticks(pid: int) -> int:
     """When it started, in clock ticks since boot; 0 where it is gone. Tells a process from a later one of that pid."""
-    fields = _stat(pid)
+    fields = _stat(f"{PROC}/{pid}")
     return int(fields[19]) if len(fields) > 19 else 0
 
 
 def command(pid: int) -> str:
     """Its command line, cut; its name in brackets where it has none; empty where it is gone."""
     try:
-        with open(f"{PROC}/{pid}/cmdline", "rb") as file:
-            line = file.read(4096)
-        if line:
-            return line.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")[:_COMMAND_LENGTH]
-        with open(f"{PROC}/{pid}/comm", "rb") as file:
-            return f"[{file.read().strip().decode(errors='replace')}]"
+        shown = folders(pid)
     except OSError:
-        return ""
+        shown = []
+    for folder in shown:
+        line = _read(f"{folder}/cmdline").rstrip(b"\0")
+        if line:
+            return line.replace(b"\0", b" ").decode(errors="replace")[:_COMMAND_LENGTH]
+    name = _read(f"{PROC}/{pid}/comm").strip()
+    return f"[{name.decode(errors='replace')}]" if name else ""
+
+
+def _read(path: str) -> bytes:
+    """The beginning of a file; nothing where it can not be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
 
 
 def capable(number: int) -> bool:
@@ -102,10 +159,10 @@ def capable(number: int) -> bool:
     return False
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on; the second is a name in which anything may stand."""
+def _stat(folder: str) -> list[str]:
+    """The fields of /proc/PID/stat, or of a thread's, from the third on; the second is a name in which anything may stand."""
     try:
-        with open(f"{PROC}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        with open(f"{folder}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()
     except OSError:
         return []

@@ -1,6 +1,10 @@
 """Amounts of memory as people write them: ``"2GiB"``, ``"64 MB"``, ``4096``."""
 
 import re
+from fractions import Fraction
+
+MAX_BYTES_VARIABLE = "SHMCAST_MAX_BYTES"
+"""Environment variable: size of the arena of each group that `broadcast_pyobj` makes; "2GiB" where it is not set."""
 
 _UNITS = {
     "": 1,
@@ -22,7 +26,7 @@ def parse_bytes(size: int | str, name: str) -> int:
         unit = _UNITS.get(found[2].lower()) if found else None
         if found is None or unit is None:
             raise ValueError(f"{name}: {size!r} is not a size; write it as 67108864, '64MiB' or '2GB'")
-        amount = int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+        amount = int(Fraction(found[1]) * unit)
     if not 0 < amount < 1 << 63:
         raise ValueError(f"{name}: {size!r} is outside of 1 byte .. 2**63 - 1 bytes")
     return amount

@@ -6,71 +6,36 @@ import contextlib
 import ctypes
 import fcntl
 import fnmatch
-import mmap
 import os
+import platform
 import secrets
-import shutil
 import signal
 import socket
-import subprocess
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from child import Child, Link
+from child import Child, Link, LinkClosedError
+from leftovers import HOST_ONLY, SHM, look, make, map_shared, own_names, started
 from shmcast import foreign, procfs
-
-SHM = Path("/dev/shm")
-HOST_ONLY = pytest.mark.skipif(
-    not procfs.in_initial_pid_namespace(), reason="not in the initial pid namespace: nothing can be removed from here"
-)
 
 
 @pytest.fixture
 def prefix() -> Iterator[str]:
-    name = f"psm_test{os.getpid()}x{secrets.token_hex(6)}_"
-    yield name
-    for path in SHM.glob(f"{name}*"):
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    yield from own_names()
 
 
-def make(name: str, nbytes: int = 8192) -> Path:
-    path = SHM / name
-    path.write_bytes(b"x" * nbytes)
-    path.chmod(0o600)
-    return path
+def stays(leftover: foreign.Leftover, why: str) -> None:
+    """It was removable when it was looked at; the kernel, or what lies there by now, says otherwise."""
+    assert leftover.removable
+    with pytest.raises(OSError, match=f"not removed: {why}.*{leftover.name}"):
+        foreign.remove(leftover)
 
 
-def look(prefix: str, **terms: object) -> dict[str, foreign.Leftover]:
-    """What a scan says of the test's own files, by what follows the prefix; of any age unless it is told otherwise."""
-    census = foreign.scan((f"{prefix}*",), **{"min_age_s": 0.0, **terms})
-    return {leftover.name.removeprefix(prefix): leftover for leftover in census.leftovers}
-
-
-def user(parent: Link, path: str, how: str) -> None:
-    fd = os.open(path, os.O_RDONLY if how == "reads" else os.O_RDWR)
-    if how in ("maps", "both"):
-        map_shared(fd)
-    if how == "maps":
-        os.close(fd)
-    parent.send("ready")
-    parent.receive()
-
-
-def map_shared(fd: int) -> None:
-    """Map a page of a file; Python's own mmap would keep a descriptor, too."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    address = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
-    assert address != ctypes.c_void_p(-1).value
-
-
-def started(child: Callable[..., Child], path: Path, how: str) -> Child:
-    process = child(user, str(path), how)
-    assert process.receive() == "ready"
-    return process
+OPEN = "somebody has it open or maps it"
+CHANGED = "it was touched, or replaced by another file"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +64,89 @@ def test_a_stopped_process_is_a_user(prefix: str, child: Callable[..., Child]) -
     assert not foreign.remove(leftover)
 
 
+def leaderless(parent: Link, path: str, how: str) -> None:
+    """A process whose main thread ends while another one goes on: what /proc shows of the process itself is empty."""
+    fd = os.open(path, os.O_RDONLY)
+    if how == "maps":
+        map_shared(fd)
+        os.close(fd)
+
+    def go_on() -> None:
+        while procfs._stat(f"/proc/self/task/{os.getpid()}")[0] != "Z":
+            os.sched_yield()  # the watchdog bounds this
+        with contextlib.suppress(LinkClosedError):
+            parent.send("ready")
+            parent.receive()
+        os._exit(0)
+
+    threading.Thread(target=go_on).start()
+    ctypes.CDLL(None).syscall(60 if platform.machine() == "x86_64" else 93, 0)  # exit: of this thread alone
+
+
+@pytest.mark.parametrize("how", ["maps", "opens"])
+def test_a_process_whose_main_thread_has_ended_is_a_user(prefix: str, child: Callable[..., Child], how: str) -> None:
+    path = make(f"{prefix}used")
+    process = child(leaderless, str(path), how)
+    assert process.receive() == "ready"
+    leftover = look(prefix)["used"]
+    assert [(found.pid, found.how) for found in leftover.users] == [(process.pid, how)]
+    assert "child.py" in leftover.users[0].command
+    assert (leftover.removable, leftover.reason) == (False, "used by 1 process")
+    assert procfs.state(process.pid) == "running"
+
+
+def test_a_main_thread_that_ends_while_we_look(
+    prefix: str, child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(f"{prefix}used")
+    process = child(leaderless, str(path), "maps")
+    assert process.receive() == "ready"
+    look_under = procfs.folders
+    calls = []
+
+    def folders(pid: int) -> list[str]:
+        if pid == process.pid and not calls:
+            calls.append(pid)
+            return [f"/proc/{pid}"]  # as it was a moment ago
+        return look_under(pid)
+
+    monkeypatch.setattr(procfs, "folders", folders)
+    assert [found.pid for found in look(prefix)["used"].users] == [process.pid]
+
+
+@HOST_ONLY
+def test_processes_are_looked_at_once_however_many_files_there_are(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        make(f"{prefix}{number}", 1)
+    list_pids, used_by = procfs.pids, foreign._used_by
+    walks: list[str] = []
+    looked_at: list[int] = []
+    monkeypatch.setattr(procfs, "pids", lambda: walks.append("walk") or list_pids())
+    monkeypatch.setattr(foreign, "_used_by", lambda pid, files: looked_at.append(pid) or used_by(pid, files))
+    found = look(prefix)
+    assert len(found) == 30
+    assert len(looked_at) == len(set(looked_at))
+    walks.clear()
+    looked_at.clear()
+    assert all(foreign.remove(leftover) for leftover in found.values())
+    assert (walks, looked_at) == ([], [])
+
+
+@HOST_ONLY
+def test_a_path_descriptor_reaches_its_file_without_the_name(prefix: str) -> None:
+    path = make(f"{prefix}left")
+    leftover = look(prefix)["left"]
+    fd = os.open(path, os.O_PATH)
+    try:
+        assert [found.how for found in look(prefix)["left"].users] == ["opens"]
+        assert foreign.remove(leftover)
+        assert Path(f"/proc/self/fd/{fd}").read_bytes() == b"x" * 8192
+    finally:
+        os.close(fd)
+
+
 @HOST_ONLY
 def test_what_nobody_uses_goes_once_it_is_asked_for(prefix: str, child: Callable[..., Child]) -> None:
     path = make(f"{prefix}left", 12345)
@@ -119,7 +167,7 @@ def test_who_comes_after_the_scan_is_seen(prefix: str, child: Callable[..., Chil
     leftover = look(prefix)["left"]
     assert leftover.removable
     process = started(child, path, "maps")
-    assert not foreign.remove(leftover)
+    stays(leftover, OPEN)
     process.kill()
     assert foreign.remove(leftover)
 
@@ -132,9 +180,7 @@ def test_the_kernel_sees_whom_proc_does_not_show(
     path = make(f"{prefix}left")
     started(child, path, how)
     monkeypatch.setattr(foreign, "_users", lambda files: foreign._Users({}, 0))
-    leftover = look(prefix)["left"]
-    assert leftover.removable
-    assert not foreign.remove(leftover)
+    stays(look(prefix)["left"], OPEN)
     assert path.exists()
 
 
@@ -148,7 +194,7 @@ def test_a_descriptor_on_its_way_through_a_socket(prefix: str) -> None:
         os.close(fd)
         leftover = look(prefix)["left"]
         assert leftover.users == ()
-        assert not foreign.remove(leftover)
+        stays(leftover, OPEN)
     assert foreign.remove(leftover)
 
 
@@ -159,7 +205,7 @@ def test_a_name_that_means_another_file_by_now(prefix: str) -> None:
     path.unlink()
     assert not foreign.remove(leftover)
     make(f"{prefix}left")
-    assert not foreign.remove(leftover)
+    stays(leftover, CHANGED)
     assert path.exists()
 
 
@@ -169,7 +215,7 @@ def test_a_file_that_was_touched_since(prefix: str) -> None:
     leftover = look(prefix)["left"]
     with path.open("r+b") as file:
         file.write(b"x")  # of the same length, and the same as before
-    assert not foreign.remove(leftover)
+    stays(leftover, CHANGED)
     assert foreign.remove(look(prefix)["left"])
 
 
@@ -187,7 +233,7 @@ def test_replaced_between_the_last_look_and_the_unlinking(prefix: str, monkeypat
         return result
 
     monkeypatch.setattr(fcntl, "fcntl", replace_then)
-    assert not foreign.remove(leftover)
+    stays(leftover, "another file has its name by now")
     assert path.exists()
 
 
@@ -216,7 +262,7 @@ def test_who_waits_to_open_it_is_heard(
         return result
 
     monkeypatch.setattr(fcntl, "fcntl", open_then)
-    assert not foreign.remove(leftover)
+    stays(leftover, "somebody waits to open it")
     assert processes[0].receive() == 1
     assert path.exists()
 
@@ -230,7 +276,8 @@ def test_only_old_files_are_left_over(prefix: str) -> None:
     assert "left alone until 3600 s" in leftover.reason or not procfs.in_initial_pid_namespace()
     assert not foreign.remove(leftover)
     assert path.exists()
-    assert foreign.scan((f"{prefix}*",)).leftovers[0].terms.min_age_s == foreign.MIN_AGE_S
+    if procfs.in_initial_pid_namespace():
+        assert "left alone until 600 s" in foreign.scan((f"{prefix}*",)).leftovers[0].reason
 
 
 def test_what_is_no_file_stays(prefix: str, tmp_path: Path) -> None:
@@ -254,13 +301,15 @@ def test_what_is_no_file_stays(prefix: str, tmp_path: Path) -> None:
 
 
 @HOST_ONLY
-@pytest.mark.parametrize("other", ["symlink", "folder", "fifo"])
-def test_what_is_no_file_any_more_stays(prefix: str, tmp_path: Path, other: str) -> None:
+@pytest.mark.parametrize(
+    ("other", "why"), [("symlink", "it can not be opened"), ("folder", CHANGED), ("fifo", CHANGED)]
+)
+def test_what_is_no_file_any_more_stays(prefix: str, tmp_path: Path, other: str, why: str) -> None:
     path = make(f"{prefix}left")
     leftover = look(prefix)["left"]
     path.unlink()
     {"symlink": lambda: path.symlink_to(tmp_path), "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}[other]()
-    assert not foreign.remove(leftover)
+    stays(leftover, why)
     assert os.path.lexists(path)
 
 
@@ -308,155 +357,6 @@ def test_semaphores_are_seen(child: Callable[..., Child]) -> None:
     found = [leftover for leftover in foreign.scan().leftovers if leftover.name == f"sem.{name[1:]}"]
     assert [(user.pid, user.how) for user in found[0].users] == [(process.pid, "maps")]
     process.join()
-
-
-# ---- other users
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: gives a file to another user")
-def test_a_file_of_another_user(prefix: str, child: Callable[..., Child]) -> None:
-    path = make(f"{prefix}theirs")
-    os.chown(path, 65534, 65534)
-    process = child(as_nobody, prefix)
-    answer = process.receive()
-    assert answer == {"removable": procfs.in_initial_pid_namespace(), "removed": procfs.in_initial_pid_namespace()}
-    assert path.exists() is not procfs.in_initial_pid_namespace()
-
-
-def as_nobody(parent: Link, prefix: str) -> None:
-    """The owner of a file, who may not look at all processes, may remove it: the kernel says that nobody uses it."""
-    os.setgid(65534)
-    os.setuid(65534)
-    leftover = look(prefix)["theirs"]
-    assert "the kernel is asked" in leftover.reason or not leftover.removable
-    parent.send({"removable": leftover.removable, "removed": foreign.remove(leftover)})
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: looks as another user")
-def test_who_may_not_look_says_so(prefix: str, child: Callable[..., Child]) -> None:
-    path = make(f"{prefix}used")
-    child(stranger, prefix).join()
-    assert path.exists()
-
-
-def stranger(parent: Link, prefix: str) -> None:
-    os.setgid(65534)
-    os.setuid(65534)
-    census = foreign.scan((f"{prefix}*",), min_age_s=0.0, sole_pid_namespace=True)
-    assert not census.complete
-    assert "could not be looked at" in census.why
-    assert "run as root" in census.why
-    assert "belongs to uid 0, this is uid 65534" in census.leftovers[0].reason
-    assert not foreign.remove(census.leftovers[0])
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: looks as another user")
-@HOST_ONLY
-def test_what_a_user_may_not_look_at_is_still_a_user(prefix: str, child: Callable[..., Child]) -> None:
-    path = make(f"{prefix}theirs")
-    started(child, path, "maps")  # of root, which nobody may not look at
-    os.chown(path, 65534, 65534)
-    process = child(as_nobody, prefix)
-    assert process.receive() == {"removable": True, "removed": False}
-    assert path.exists()
-
-
-# ---- other pid namespaces
-
-
-def unshared(code: str) -> list[str]:
-    """Run Python in a pid namespace of its own, over the same /dev/shm; skips where that is not allowed."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: makes a pid namespace")
-    if not shutil.which("unshare"):
-        pytest.skip("needs unshare(1): makes a pid namespace")
-    inside = ["unshare", "--pid", "--fork", "--mount-proc"]
-    if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
-        pytest.skip("this root may not make a pid namespace")
-    return subprocess.run(
-        [*inside, sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, timeout=60
-    ).stdout.split("\n")
-
-
-LOOK = """
-from shmcast import foreign
-for sole in (False, True):
-    census = foreign.scan(("{prefix}*",), min_age_s=0.0, sole_pid_namespace=sole)
-    leftover, = census.leftovers
-    print(census.complete, leftover.removable, len(leftover.users), foreign.remove(leftover))
-    print(census.why)
-"""
-
-
-def test_another_pid_namespace_is_refused(prefix: str) -> None:
-    path = make(f"{prefix}left")
-    said = unshared(LOOK.format(prefix=prefix))
-    assert said[0] == "False False 0 False"
-    assert "can not see every process" in said[1]
-    assert "--sole-pid-namespace" in said[1]
-    # what the caller vouches for is believed, and nobody has the file open
-    assert said[2] == "True True 0 True"
-    assert not path.exists()
-
-
-def test_a_wrong_word_about_the_pid_namespace_costs_nothing(prefix: str, child: Callable[..., Child]) -> None:
-    path = make(f"{prefix}used")
-    started(child, path, "maps")
-    assert unshared(LOOK.format(prefix=prefix))[2] == "True True 0 False"
-    assert path.exists()
-
-
-def test_a_user_in_another_pid_namespace_is_seen_from_the_host(prefix: str) -> None:
-    if not procfs.in_initial_pid_namespace():
-        pytest.skip("not in the initial pid namespace")
-    path = make(f"{prefix}used")
-    code = (
-        "from shmcast import foreign; import os, sys, subprocess;"
-        f"fd = os.open({str(path)!r}, os.O_RDWR); print('ready', flush=True); sys.stdin.read()"
-    )
-    unshared("pass")
-    with subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        leftover = look(prefix)["used"]
-        assert [found.how for found in leftover.users] == ["opens"]
-        assert not foreign.remove(leftover)
-        with contextlib.suppress(BrokenPipeError):
-            process.communicate(timeout=60)
-
-
-# ---- reading /proc
-
-
-def test_mounts() -> None:
-    text = "22 1 0:21 / /dev/sh\\040m rw,nosuid shared:2 master:1 - tmpfs tmpfs rw,size=65536k\nnonsense\n"
-    mount, *others = procfs.mounts(text)
-    assert others == []
-    assert (mount.device, mount.point, mount.kind) == (os.makedev(0, 21), "/dev/sh m", "tmpfs")
-    assert mount.options == ("rw", "nosuid", "rw", "size=65536k")
-    assert any(mount.point == "/" for mount in procfs.mounts())
-
-
-def test_hidepid_is_incomplete(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
-    make(f"{prefix}left")
-    seen = [*procfs.mounts(), procfs.Mount(0, "/proc", "proc", ("rw", "hidepid=invisible"))]
-    monkeypatch.setattr(procfs, "mounts", lambda: seen)
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    census = foreign.scan((f"{prefix}*",), min_age_s=0.0)
-    assert not census.complete
-    assert "hidepid" in census.why
-
-
-def test_a_directory_that_is_no_tmpfs_is_refused(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
-    path = make(f"{prefix}left")
-    monkeypatch.setattr(procfs, "mounts", list)
-    leftover = look(prefix)["left"]
-    assert "is not a tmpfs" in leftover.reason
-    assert not foreign.remove(leftover)
-    assert path.exists()
 
 
 def test_a_process_started_while_we_look(

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("futures",),
 )
 # Looks at arenas from outside: sits on these and on each other in this order, and nothing is built on it.
-TOOLS = ("procfs", "foreign", "metrics", "looks", "doctor", "cli", "cli.*", "__main__")
+TOOLS = ("procfs", "foreign", "metrics", "looks", "host", "doctor", "cli", "cli.*", "__main__")
 TOOLS_SIT_ON = ("errors", "sizes", "_native", "names", "gc", "sweep", "handle", "arena")
 
 # Who may import a foreign library, at run time. For annotations alone (under TYPE_CHECKING) everybody may.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import pytest
 
 import shmcast
 from child import Child, Link
-from shmcast import _native, looks, names, procfs
+from shmcast import _native, gc, looks, names, procfs
 from shmcast.cli import main as cli
 
 SHM = Path("/dev/shm")
+OTHER_UID = 54321
+"""Of nobody who sweeps meanwhile."""
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: runs a process as another user")
 
 
@@ -50,7 +53,9 @@ def test_a_live_arena(namespace: str, child: Callable[..., Child]) -> None:
     seen = only(namespace)
     assert seen["namespace"] == namespace
     assert seen["arena"] == f"{shmcast.Handle.from_bytes(raws[0]).arena:016x}"
-    assert (seen["state"], seen["why"]) == ("live", "its owner is alive")
+    assert (seen["state"], seen["verdict"], seen["reason"]) == ("live", "keep", "owner-alive")
+    assert seen["why"].startswith(f"its owner is alive: pid {publisher.pid}, ")
+    assert seen["removable_bytes"] == 0
     assert (seen["uid"], seen["mode"], seen["segments"]) == (os.getuid(), "0600", 1)
     assert seen["max_bytes"] == 4 << 20
     assert seen["reserved_bytes"] == 1 << 20
@@ -71,6 +76,7 @@ def test_a_stopped_owner_is_alive(namespace: str, child: Callable[..., Child]) -
     os.waitid(os.P_PID, publisher.pid, os.WSTOPPED | os.WNOWAIT)
     seen = only(namespace)
     assert (seen["state"], seen["owner"]["alive"], seen["owner"]["state"]) == ("live", True, "stopped")
+    assert seen["why"].endswith(", and paused")
 
 
 def test_a_dead_owner_and_a_live_reader(namespace: str, child: Callable[..., Child]) -> None:
@@ -80,7 +86,9 @@ def test_a_dead_owner_and_a_live_reader(namespace: str, child: Callable[..., Chi
     publisher.kill()
     seen = only(namespace)
     assert seen["state"] == "dead"
-    assert seen["why"] == "its owner is dead: the next sweep removes it; 1 live reader keeps what it has mapped"
+    assert seen["why"].startswith(f"its owner is dead: pid {publisher.pid}, ")
+    assert seen["why"].endswith("; the next sweep removes it; 1 live reader keeps what it has mapped")
+    assert (seen["verdict"], seen["removable_bytes"]) == ("remove", seen["file_bytes"])
     assert (seen["owner"]["alive"], seen["owner"]["state"]) == (False, "gone")
     assert [peer["holds"] for peer in seen["holders"]] == [2]
     before = sorted(SHM.glob(f"shmcast.{namespace}.*"))
@@ -113,10 +121,16 @@ def test_what_is_no_arena_yet_or_any_more(namespace: str) -> None:
         os.close(names.create(name))
     (SHM / made[2][1:]).write_bytes(b"\1" * 100_000)
     states = {int(seen["arena"], 16): (seen["state"], seen["why"]) for seen in looks.survey(namespace)}
-    assert states[1] == ("starting", "it is being made; where its maker died over it, the next sweep removes it")
-    assert states[2] == ("orphan", "its control segment is gone: the next sweep removes the rest")
+    assert states[1] == ("dead", "its creator died before it was ready; the next sweep removes it")
+    assert states[2] == ("orphan", "data without a control segment: its arena is gone; the next sweep removes it")
     assert states[3][0] == "damaged"
     assert "magic" in states[3][1]
+    assert states[3][1].endswith("; the next sweep removes it")
+    fd = names.open_writable(made[0])
+    assert _native.take_owner_byte(fd)
+    seen = next(seen for seen in looks.survey(namespace) if int(seen["arena"], 16) == 1)
+    assert (seen["state"], seen["verdict"], seen["why"]) == ("starting", "keep", "its creator is at work")
+    os.close(fd)
     for name in made:
         names.unlink(name)
 
@@ -124,14 +138,17 @@ def test_what_is_no_arena_yet_or_any_more(namespace: str) -> None:
 def test_a_symbolic_link_is_not_followed(namespace: str, tmp_path: Path) -> None:
     path = SHM / names.segment_name(namespace, 1, 0)[1:]
     path.symlink_to(tmp_path)
-    assert only(namespace)["state"] == "damaged"
+    seen = only(namespace)
+    assert (seen["state"], seen["verdict"], seen["why"]) == ("damaged", "keep", "a symlink, which we never make")
     path.unlink()
 
 
 @ROOT_ONLY
 def test_an_arena_of_another_user(namespace: str, child: Callable[..., Child]) -> None:
     with shmcast.Arena.create("1MiB"):
-        assert child(stranger, namespace).receive() == ("unreadable", 0)
+        assert child(stranger, namespace).receive() == (
+            "unreadable", 0, "of user 0; this is user 65534; look as that user, or as root"
+        )  # fmt: skip
 
 
 def stranger(parent: Link, namespace: str) -> None:
@@ -140,7 +157,175 @@ def stranger(parent: Link, namespace: str) -> None:
     os.setuid(65534)
     (seen,) = looks.survey(namespace)
     assert "blocks" not in seen
-    parent.send((seen["state"], seen["uid"]))
+    parent.send((seen["state"], seen["uid"], seen["why"]))
+
+
+# ---- what a sweep does about it: `gc` decides, and nobody else
+
+
+def put(namespace: str, arena: int, number: int, data: bytes) -> Path:
+    path = SHM / names.segment_name(namespace, arena, number)[1:]
+    path.write_bytes(data)
+    path.chmod(0o600)
+    return path
+
+
+def control_of(namespace: str) -> bytes:
+    (found,) = [found for found in names.listing(namespace) if found.number == names.CONTROL]
+    return (SHM / names.segment_name(*found)[1:]).read_bytes()
+
+
+def of_format(raw: bytes, number: int) -> bytes:
+    return raw[:8] + struct.pack("<I", number) + raw[12:]
+
+
+def odd_things(namespace: str, other: str) -> None:
+    """All that may lie under our names, beside an arena that is alive; of another user as well where we may."""
+    raw = control_of(namespace)
+    put(namespace, 0x10, 0, raw)
+    put(namespace, 0x11, 0, b"")
+    put(namespace, 0x12, 0, raw[:100])
+    put(namespace, 0x14, 0, raw[: len(raw) // 2])
+    put(namespace, 0x15, 0, of_format(raw, _native.FORMAT + 1))
+    put(namespace, 0x16, 0, of_format(raw, _native.FORMAT - 1))
+    put(namespace, 0x17, 0, b"\xff" * len(raw))
+    os.mkfifo(put(namespace, 0x18, 1, b"x").with_suffix(".0"))
+    put(namespace, 0x19, 1, b"x").with_suffix(".0").mkdir()
+    put(namespace, 0x1A, 1, b"x").with_suffix(".0").symlink_to("/etc/passwd")
+    put(namespace, 0x1B, 0, raw).with_suffix(".1").mkdir()
+    put(namespace, 0x1B, 2, b"x")
+    put(namespace, 0x1C, 5, b"xyz")
+    put(namespace, 0x1C, 6, b"z").with_suffix(".7").mkdir()
+    (SHM / names.segment_name(namespace, 0x1D, 1)[1:]).mkdir()
+    for arena, number in ((0x20, 0), (0x21, 1), (0x22, 1)) if os.geteuid() == 0 else ():
+        os.chown(put(other, arena, number, raw), OTHER_UID, OTHER_UID)
+    if os.geteuid() == 0:
+        put(other, 0x22, 0, raw)
+
+
+def clear(*namespaces: str) -> None:
+    for namespace in namespaces:
+        for path in SHM.glob(f"shmcast.{namespace}.*"):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def test_what_is_said_of_everything_is_what_a_sweep_does(namespace: str, child: Callable[..., Child]) -> None:
+    other = f"{namespace}-b"
+    publisher = child(owner, 1)
+    publisher.receive()
+    try:
+        odd_things(namespace, other)
+        for space in (namespace, other):
+            said = {arena["arena"]: arena for arena in looks.survey(space)}
+            assert {arena["verdict"] for arena in said.values()} <= {"keep", "remove"}
+            for arena in said.values():
+                assert ("the next sweep removes it" in arena["why"]) == (arena["verdict"] == "remove"), arena
+            done = gc.apply(gc.plan(gc.scan(space, closely=True)))
+            went: dict[str, int] = {}
+            for one in done.removed:
+                went[f"{one.key[1]:016x}"] = went.get(f"{one.key[1]:016x}", 0) + one.nbytes
+            assert done.failed == ()
+            assert went == {arena: one["removable_bytes"] for arena, one in said.items() if one["verdict"] == "remove"}
+            assert set(said) >= set(went)
+    finally:
+        clear(namespace, other)
+        publisher.kill()
+
+
+def test_an_arena_of_a_newer_build(namespace: str, child: Callable[..., Child]) -> None:
+    """Dead as far as this build can tell, which a sweep does not trust."""
+    publisher = child(owner, 1)
+    publisher.receive()
+    (found,) = [found for found in names.listing(namespace) if found.number == 0]
+    path = SHM / names.segment_name(*found)[1:]
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(struct.pack("<I", _native.FORMAT + 1))
+    seen = only(namespace)
+    assert (seen["state"], seen["verdict"], seen["reason"]) == ("unreadable", "keep", "owner-alive")
+    assert seen["why"].startswith("its owner is alive; ")
+    assert f"format {_native.FORMAT + 1}, this build reads {_native.FORMAT}" in seen["why"]
+    publisher.kill()
+    seen = only(namespace)
+    assert (seen["state"], seen["verdict"], seen["reason"]) == ("unreadable", "keep", "newer-format")
+    assert "sweep it with that build" in seen["why"]
+    assert "next sweep" not in seen["why"]
+    clear(namespace)
+
+
+def test_what_is_damaged_is_asked_for_its_lock(namespace: str, child: Callable[..., Child]) -> None:
+    publisher = child(owner, 1)
+    publisher.receive()
+    (found,) = [found for found in names.listing(namespace) if found.number == 0]
+    with (SHM / names.segment_name(*found)[1:]).open("r+b") as file:
+        file.write(b"\1" * 8)
+    seen = only(namespace)
+    assert (seen["state"], seen["verdict"], seen["reason"]) == ("damaged", "keep", "at-work")
+    publisher.kill()
+    seen = only(namespace)
+    assert (seen["state"], seen["verdict"], seen["reason"]) == ("damaged", "remove", "unfinished")
+    shmcast.sweep()
+
+
+def test_a_folder_of_that_name_is_no_orphan(namespace: str) -> None:
+    path = SHM / names.segment_name(namespace, 2, 1)[1:]
+    path.mkdir()
+    try:
+        seen = only(namespace)
+    finally:
+        path.rmdir()
+    assert (seen["state"], seen["verdict"], seen["why"]) == ("damaged", "keep", "a directory, which we never make")
+    assert (seen["segments"], seen["file_bytes"], seen["removable_bytes"]) == (0, 0, 0)
+
+
+def test_what_can_not_be_opened_though_it_is_ours(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *, anybodys: bool = False) -> int:
+        raise PermissionError(13, "open segment: it belongs to another user", name)
+
+    with shmcast.Arena.create("1MiB"):
+        monkeypatch.setattr(names, "open_readable", refuse)
+        seen = only(namespace)
+        assert (seen["state"], seen["verdict"], seen["reason"]) == ("unreadable", "keep", "unknown")
+        assert "it could not be asked whether its owner is alive" in seen["why"]
+
+
+def stranger_who_owns(parent: Link) -> None:
+    os.setgroups(())
+    os.setgid(OTHER_UID)
+    os.setuid(OTHER_UID)
+    with shmcast.Arena.create("1MiB"):
+        parent.send("made")
+        parent.receive()
+
+
+@ROOT_ONLY
+def test_root_reads_arenas_of_others_and_says_who_removes_them(namespace: str, child: Callable[..., Child]) -> None:
+    process = child(stranger_who_owns)
+    process.receive()
+    of_whom = f"; of user {OTHER_UID}; this is user 0"
+
+    def said() -> dict[bool, dict[str, Any]]:
+        found = {int(seen["arena"], 16) == 2: seen for seen in looks.survey(namespace)}
+        for seen in found.values():
+            assert (seen["verdict"], seen["reason"], seen["removable_bytes"]) == ("keep", "other-user", 0)
+        return found
+
+    live = said()[False]
+    assert live["state"] == "live"
+    assert live["why"].startswith(f"its owner is alive: pid {process.pid}, ")
+    assert live["why"].endswith(of_whom)
+    process.kill()
+    os.chown(put(namespace, 2, 3, b"x"), OTHER_UID, OTHER_UID)
+    found = said()
+    assert found[False]["state"] == "dead"
+    assert found[False]["why"].endswith(f"{of_whom}: the next sweep of that user removes it")
+    assert found[True]["state"] == "orphan"
+    assert found[True]["why"] == (
+        f"data without a control segment: its arena is gone{of_whom}: the next sweep of that user removes it"
+    )
+    shmcast.sweep()
+    assert len(said()) == 2
+    clear(namespace)
 
 
 # ---- the look itself
@@ -162,7 +347,8 @@ def test_a_control_segment_that_was_cut(namespace: str, child: Callable[..., Chi
     publisher.kill()
     (found,) = [found for found in names.listing(namespace) if found.number == 0]
     os.truncate(SHM / names.segment_name(namespace, found.arena, 0)[1:], length)
-    assert only(namespace)["state"] in ("damaged", "starting")
+    seen = only(namespace)
+    assert (seen["state"], seen["verdict"]) == ("damaged" if length else "dead", "remove")
     for found in names.listing(namespace):
         names.unlink(names.segment_name(namespace, found.arena, found.number))
 
@@ -219,7 +405,7 @@ def test_the_command(namespace: str, child: Callable[..., Child]) -> None:
     assert (seen["state"], seen["owner"]["pid"]) == ("live", publisher.pid)
     text = run("ls", "--namespace", namespace).stdout
     for part in (
-        namespace, seen["arena"], "live: its owner is alive", f"pid {publisher.pid}", "alive by its lock, running",
+        namespace, seen["arena"], "live: its owner is alive: ", f"pid {publisher.pid}", "alive by its lock, running",
         "3.0 KiB used", "1.0 MiB reserved in 1 segments", "4.0 MiB allowed", "3 live: 1 held, 2 promised (2 to anybody",
         f"pid {holder.pid}", "holds 1 (1000 B), promised 0",
     ):  # fmt: skip
@@ -244,7 +430,7 @@ def test_unreadable_and_orphaned_arenas_have_a_line(namespace: str, capsys: pyte
     name = names.segment_name(namespace, 2, 3)
     os.close(names.create(name))
     assert cli.main(["ls", "--namespace", namespace]) == 0
-    assert "orphan: its control segment is gone" in capsys.readouterr().out
+    assert "orphan: data without a control segment" in capsys.readouterr().out
     names.unlink(name)
 
 

@@ -48,6 +48,7 @@ EXEMPT_CALLERS = {  # (module, or function, step): why
     ("metrics", "NAME_OPEN"): LOOKS,
     ("looks", "NAME_LIST"): LOOKS,
     ("looks", "NAME_OPEN"): LOOKS,
+    ("looks", "NAME_SIZE"): LOOKS,
     ("gc._look_inside", "NAME_OPEN"): "looks, to plan; apply looks again, with the byte",
     ("gc._described", "NAME_SIZE"): "looks, to plan; apply looks again, with the byte",
 }
