@@ -16,6 +16,7 @@ Buffer: TypeAlias = Any
 
 _MAX_CODE_LENGTH = 0xFFFF
 _MAX_CACHED = 1024
+_MAX_CACHED_LENGTH = 256  # of a code; longer ones come from strangers who fill the cache, hardly from anybody else
 
 
 class Form(NamedTuple):
@@ -39,7 +40,8 @@ _dtypes: dict[str, np.dtype[Any]] = {}
 
 
 def code_of(dtype: np.dtype[Any]) -> str:
-    """A dtype as text; `dtype_of` gives an equal one. UnsupportedArrayError for objects and what can not be written down."""
+    """A dtype as text; `dtype_of` gives an equal one. UnsupportedArrayError for objects, for elements of no bytes (`_encode`
+    says why) and for what can not be written down."""
     code = _codes.get(dtype)
     if code is None:
         code = _encode(dtype)
@@ -60,11 +62,19 @@ def dtype_of(code: str) -> np.dtype[Any]:
             raise HandleError(f"the handle's dtype {code[:200]!r} is none that this build writes")
         if len(_dtypes) >= _MAX_CACHED:
             _dtypes.clear()
-        _dtypes[code] = dtype
+        if len(code) <= _MAX_CACHED_LENGTH:
+            _dtypes[code] = dtype
     return dtype
 
 
 def _encode(dtype: np.dtype[Any]) -> str:
+    if dtype.itemsize == 0:
+        # A handle of a hundred bytes would name an array of as many of them as it likes: no bytes bear it out, and
+        # whoever copies it, or makes a list of it, is at it for ever. So there is no such handle, and none is read.
+        raise UnsupportedArrayError(
+            f"dtype {str(dtype)[:200]} has elements of no bytes, of which there is nothing to share; say how long they are "
+            "(S5, U7), or let dumps() pickle the array"
+        )
     if dtype.hasobject:
         raise UnsupportedArrayError(
             f"dtype {dtype} holds Python objects, which no other process can read; convert the array to numbers or to "
@@ -83,7 +93,7 @@ def _encode(dtype: np.dtype[Any]) -> str:
             ) from None
     if len(code.encode()) > _MAX_CODE_LENGTH or _decode(code) != dtype:
         raise UnsupportedArrayError(
-            f"dtype {dtype} can not be written down (as {code[:200]!r} it would come back another); view the array as "
+            f"dtype {str(dtype)[:200]} can not be written down (as {code[:200]!r} it would come back another); view the array as "
             "plain numbers, e.g. array.view('uint8')"
         )
     return str(code)
@@ -96,9 +106,9 @@ def _decode(code: str) -> np.dtype[Any] | None:
             dtype = np.lib.format.descr_to_dtype(ast.literal_eval(code))
         else:
             dtype = np.dtype(code)
-    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError, KeyError, IndexError):
+    except Exception:  # of a text that may be anybody's, and what ast and numpy say to one differs between versions
         return None
-    return None if dtype.hasobject else dtype
+    return None if dtype.hasobject or dtype.itemsize == 0 else dtype
 
 
 # ---- arrays as bytes
@@ -157,7 +167,7 @@ def over(buffer: Buffer, code: str, shape: tuple[int, ...]) -> ndarray:
     dtype = _dtypes.get(code) or dtype_of(code)
     try:
         array: ndarray = NDARRAY(shape, dtype, buffer)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise HandleError(f"the handle says dtype {code[:200]!r}, shape {shape}: {error}") from None
     return array
 

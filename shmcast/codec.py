@@ -127,10 +127,11 @@ def loads(blob: "bytes | bytearray | memoryview", *, allow_pickle: bool = True) 
 
     Unpickles: only for bytes from processes that you trust. ``allow_pickle=False`` does not: it makes arrays, tensors of
     values alone (no gradients, on the CPU), numpy scalars, and None, bool, int, float, complex, str, bytes, bytearray, list,
-    tuple, dict, set and frozenset; whatever else is named there is a HandleError and is neither imported nor called.
+    tuple, dict, set and frozenset; whatever else is named there is a HandleError and is neither imported nor called, and so
+    is what would take more memory or time than its length warrants (module `plain`).
 
     HandleError (not from `dumps`, cut, changed, another host), StaleHandleError, ArenaGoneError, ArenaError,
-    UnsupportedArrayError (a tensor where torch is not installed)."""
+    UnsupportedArrayError (a tensor where torch is not installed); and whatever unpickling raises, where it is allowed."""
     raw = blob if isinstance(blob, bytes) else bytes(blob)
     entries, pickle_at = _parse(raw)
     things: list[Any] = []
@@ -410,7 +411,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _thing(things: list[Any], number: int) -> Any:
     if not isinstance(number, int) or not 0 <= number < len(things):
-        raise HandleError(f"decode tree: its pickle names array {number!r}, it has {len(things)}")
+        # what it names instead may be without end, so it is said only where it is a number that a pickle of ours may have
+        named = number if isinstance(number, int) and -1 <= number < 1 << 32 else f"by a {type(number).__name__}"
+        raise HandleError(f"decode tree: its pickle names array {named}, it has {len(things)}")
     return things[number]
 
 

@@ -5,6 +5,12 @@ dict, set and frozenset, and five names: `complex`, and those by which numpy pic
 here; what is done where one is called stands in this file. Nothing is imported, no attribute is looked up, and numpy is
 given numbers that were checked, never a state to restore. Everything else is refused by its name or opcode, so all that a
 hostile pickle can do is to be refused, or to take memory and time in proportion to its length.
+
+For that, what costs more than the bytes that ask for it is counted. Bytes of arrays and scalars are copied as often as
+there are bytes. Arrays have elements of at least one byte. What it takes to hash keys, and to compare those of the same
+hash, is known before it is done (`_Reader.charge`) and may be so much for every byte. And as the place of a number, or of a
+tuple of numbers, in the table of a dict or set can be chosen, so that every look for one goes past all others, a dict or set
+has at most 16,384 keys that are neither text nor bytes.
 """
 
 from collections.abc import Callable
@@ -15,10 +21,13 @@ from . import arrays
 from .errors import HandleError
 
 _MARK = object()
-_NESTED = (tuple, frozenset)
 _FLOAT = Struct(">d")
 _LONGEST = 1 << 16  # bytes of an int: more take quadratic time to print, and nobody sends them
-_KEY_PARTS = 1000  # hashing and comparing go down into keys, again for every mention of the same one, on the C stack
+_KEY_PARTS = 1000  # hashing and comparing go down into keys, on the C stack
+_KEYS_CHOSEN = 1 << 14  # in one dict or set: who chooses numbers chooses their hashes, those of text nobody does
+_WORK = 32  # parts of keys that are hashed or compared, for every byte of the pickle
+_PART_BYTES = 4096  # of text, bytes or an int in a key that count as one part
+_DIMENSIONS = 64
 
 
 class _Name:
@@ -54,6 +63,18 @@ class _Given(tuple[Any, ...]):
     __slots__ = ()
 
 
+class _Table:
+    """What has been put into a dict or set, as far as its hashes can be chosen."""
+
+    __slots__ = ("alike", "chosen", "container")
+
+    def __init__(self, container: Any) -> None:
+        self.container = container  # kept, or another one would have its id
+        self.chosen = 0
+        self.alike: dict[int, tuple[int, int]] = {}
+        """How many keys have a hash, and how many parts in all."""
+
+
 _NUMPY = {f"numpy.{core}.{name}": name.rpartition(".")[2] for core in ("_core", "core") for name in
           ("numeric._frombuffer", "multiarray.scalar", "multiarray._reconstruct")}  # fmt: skip
 _KNOWN = {"builtins.complex": "complex", "numpy.dtype": "dtype", "numpy.ndarray": "ndarray", **_NUMPY}
@@ -70,6 +91,10 @@ def load(raw: "bytes | memoryview", block: str, array: Callable[[Any], Any]) -> 
         return reader.read()
     except HandleError:
         raise
+    except MemoryError:
+        raise HandleError(
+            f"decode tree: there is no memory for what its pickle of {len(reader.raw)} bytes asks for near byte {reader.at}"
+        ) from None
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, SystemError, RecursionError) as error:
         raise HandleError(f"decode tree: its pickle is damaged near byte {reader.at}: {error}") from None
 
@@ -79,11 +104,17 @@ class _Reader:
         self.raw = memoryview(raw).cast("B")
         self.at = 0
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
         self.names = {**_KNOWN, block: "block"}
         self.array = array
         self.left = len(self.raw)
         """Bytes that may still be copied out of it; the pickler writes those of every array and scalar anew."""
+        self.work = _WORK * len(self.raw)
+        """Parts of keys that may still be hashed or compared."""
+        self.tables: dict[int, _Table] = {}
+        """By the id of their dict or set."""
+        self.parts: dict[int, int] = {}
+        """Of each frozenset, by its id; whatever has that id later writes its own before anybody reads it."""
 
     def read(self) -> Any:
         while True:
@@ -154,15 +185,68 @@ class _Reader:
         _exact(self.stack[-1], list).extend(_plain(items))
 
     def set_items(self, items: list[Any]) -> None:
-        _plain(items)
-        keys = _keys(items[::2])
-        _exact(self.stack[-1], dict).update(zip(keys, items[1::2], strict=True))
+        target, keys = _exact(self.stack[-1], dict), _plain(items)[::2]
+        self.charge(keys, target)
+        target.update(zip(keys, items[1::2], strict=True))
 
     def add(self, items: list[Any]) -> None:
-        _exact(self.stack[-1], set).update(_keys(_plain(items)))
+        target = _exact(self.stack[-1], set)
+        self.charge(_plain(items), target)
+        target.update(items)
+
+    def freeze(self, items: list[Any]) -> None:
+        parts = 1 + self.charge(_plain(items), None)
+        made = frozenset(items)
+        self.parts[id(made)] = parts
+        self.stack.append(made)
+
+    def charge(self, keys: list[Any], container: Any) -> int:
+        """Pay for putting keys into a container, None for a new one, before it is done: each is hashed, and compared with
+        all that have the same hash. Returns the price, which is also the most that a look for all of them can cost."""
+        table = self.tables.get(id(container)) if container is not None else _Table(None)
+        price = 0
+        for key in keys:
+            parts = more = self.parts_of(key)
+            if not isinstance(key, (str, bytes)):
+                if parts > _KEY_PARTS:
+                    raise ValueError(f"a key of more than {_KEY_PARTS} parts")
+                if table is None:
+                    table = self.tables[id(container)] = _Table(container)
+                table.chosen += 1
+                value = hash(key)
+                count, parts_alike = table.alike.get(value, (0, 0))
+                table.alike[value] = count + 1, parts_alike + parts
+                more += 2 * (count * parts + parts_alike)
+            price += more
+            self.work -= more
+            if self.work < 0:
+                raise ValueError("keys are compared again and again")
+        if table is not None and table.chosen > _KEYS_CHOSEN:
+            raise ValueError(f"a dict or set has more than {_KEYS_CHOSEN} keys that are neither text nor bytes")
+        return price
+
+    def parts_of(self, key: Any) -> int:
+        """How many single things there are to hash in a key, or to compare: those of a frozenset each with all alike."""
+        parts, left = 0, [key]
+        for part in left:
+            kind = type(part)
+            if kind is tuple:
+                parts += 1
+                left += part
+            elif kind is frozenset:
+                parts += self.parts.get(id(part), 1)
+            elif isinstance(part, (str, bytes)):
+                parts += 1 + len(part) // _PART_BYTES
+            else:
+                parts += 1 + (part.bit_length() // 8 // _PART_BYTES if kind is int else 0)
+            if len(left) > _KEY_PARTS:
+                return len(left)
+        return parts
 
     def put(self, number: int) -> None:
-        self.memo[number] = self.stack[-1]
+        if number > len(self.memo):
+            raise ValueError(f"number {number} is remembered after {len(self.memo)}")
+        self.memo[number : number + 1] = [self.stack[-1]]
 
     def get(self, number: int) -> None:
         known = self.memo[number]
@@ -223,17 +307,6 @@ def _plain(items: Any) -> Any:
     return items
 
 
-def _keys(items: list[Any]) -> list[Any]:
-    for item in items:
-        if type(item) in _NESTED:
-            parts = [item]
-            for part in parts:
-                parts += part if type(part) in _NESTED else ()
-                if len(parts) > _KEY_PARTS:
-                    raise ValueError(f"a key of more than {_KEY_PARTS} parts")
-    return items
-
-
 def _exact(thing: Any, kind: Any) -> Any:
     if type(thing) is not kind:
         raise ValueError(f"a {type(thing).__name__} where a {kind.__name__} is expected")
@@ -243,9 +316,14 @@ def _exact(thing: Any, kind: Any) -> Any:
 def _made_array(buffer: Any, dtype: Any, shape: Any, order: str) -> Any:
     if type(buffer) not in (bytes, bytearray):
         raise ValueError(f"a {type(buffer).__name__} for the bytes of an array; objects are refused")
-    if any(_exact(length, int) < 0 for length in _exact(shape, tuple)):
-        raise ValueError(f"an array of shape {shape}")  # numpy would take -1 for whatever fits
-    return arrays.over_pickled(buffer, _exact(dtype, _Dtype).made, shape, order)
+    if len(_exact(shape, tuple)) > _DIMENSIONS:
+        raise ValueError(f"an array of {len(shape)} dimensions")
+    if not all(0 <= _exact(length, int) < 1 << 63 for length in shape):
+        raise ValueError("an array with a length that is none")  # numpy would take -1 for whatever fits
+    made = _exact(dtype, _Dtype).made
+    if made.itemsize == 0:
+        raise ValueError("an array whose elements have no bytes, so that there may be any number of them")
+    return arrays.over_pickled(buffer, made, shape, order)
 
 
 def _restored(dtype: Any, state: tuple[Any, ...]) -> Any:
@@ -258,7 +336,9 @@ def _restored(dtype: Any, state: tuple[Any, ...]) -> Any:
         if (divisor, event) != (1, 1):
             raise ValueError("a unit of time that is divided")
         if _exact(unit, bytes) != b"generic":
-            dtype = arrays.plain_dtype(f"{dtype.kind}8[{_exact(count, int)}{unit.decode()}]")
+            if not 0 < _exact(count, int) < 1 << 30:
+                raise ValueError("a unit of time that is none")
+            dtype = arrays.plain_dtype(f"{dtype.kind}8[{count}{unit.decode()}]")
     return arrays.in_order(dtype, _exact(order, str))
 
 
@@ -305,8 +385,8 @@ _OPERATIONS: dict[int, Callable[[_Reader], Any]] = {
     ord("u"): lambda r: r.set_items(r.items()),
     0x8F: lambda r: r.stack.append(set()),
     0x90: lambda r: r.add(r.items()),
-    0x91: lambda r: r.stack.append(frozenset(_keys(_plain(r.items())))),
-    0x94: lambda r: r.put(len(r.memo)),
+    0x91: lambda r: r.freeze(r.items()),
+    0x94: lambda r: r.memo.append(r.stack[-1]),
     ord("q"): lambda r: r.put(r.number(1)),
     ord("r"): lambda r: r.put(r.number(4)),
     ord("h"): lambda r: r.get(r.number(1)),

@@ -3,6 +3,7 @@
 An object can not be a tensor in a process that has not imported torch, so nothing is imported to find out.
 """
 
+import math
 import pickle
 import sys
 from collections.abc import Iterable
@@ -24,6 +25,8 @@ _KNOWN = {
     "float8_e4m3fn": False, "float8_e5m2": False, "float8_e4m3fnuz": False, "float8_e5m2fnuz": False,
     "float8_e8m0fnu": False,
 }  # fmt: skip
+
+_LONGEST = (1 << 63) - 1  # of a dimension
 
 _codes: dict[Any, tuple[str, bool]] = {}
 
@@ -125,12 +128,15 @@ def over_bytes(flat: arrays.ndarray, code: str, shape: tuple[int, ...]) -> "torc
         raise UnsupportedArrayError(
             f"torch {torch_.__version__} has no dtype {code[:200]!r}; take the block as an ndarray"
         )
+    # Counted here: versions of torch differ in whether they notice that a product has wrapped.
+    if math.prod(shape) * dtype.itemsize != flat.size or max(shape, default=0) > _LONGEST:
+        raise HandleError(f"the handle says dtype {code!r}, shape {shape}, and there are {flat.size} bytes")
     try:
         # an empty vector has strides that torch will not see as another dtype
         whole = torch_.from_numpy(flat).view(dtype) if flat.size else torch_.empty(0, dtype=dtype)
         tensor: torch.Tensor = whole.view(shape)
         return tensor
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise HandleError(f"the handle says dtype {code!r}, shape {shape}: {error}") from None
 
 

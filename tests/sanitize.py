@@ -19,6 +19,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import variant
 
@@ -29,17 +30,31 @@ SEED = random.SystemRandom().getrandbits(31)
 
 CORE = [path for path in sorted((ROOT / "native").glob("*.c")) if not path.name.startswith("module")]
 FLAGS = ["-std=c11", "-D_GNU_SOURCE=1", "-g", "-O1", "-pthread", f"-I{ROOT / 'native'}", "-fno-sanitize-recover=all"]
-# name of the check: what of native/ it needs, its arguments with the sanitizer for addresses, with the one for threads
-CHECKS: dict[str, tuple[list[Path], list[str], list[str] | None]] = {
-    "blocks_check": ([ROOT / "native/blocks.c"], [str(SEED), "100000"], None),
-    "metrics_check": ([ROOT / "native/metrics.c"], ["4", "100000"], None),
-    "ring_check": (CORE, [str(SEED), "6000"], [str(SEED), "600"]),
+PAUSES = ("-include", str(TESTS / "native/jitter.h"))
+
+
+class Check(NamedTuple):
+    """A program of tests/native: what of native/ it needs, its arguments with the sanitizer for addresses and with the one
+    for threads, where it has any, and how it is built."""
+
+    sources: list[Path]
+    addresses: list[str]
+    threads: list[str] | None = None
+    flags: tuple[str, ...] = ()
+
+
+CHECKS = {
+    "blocks_check": Check([ROOT / "native/blocks.c"], [str(SEED), "100000"]),
+    "metrics_check": Check([ROOT / "native/metrics.c"], ["4", "100000"]),
+    "ring_check": Check(CORE, [str(SEED), "6000"], [str(SEED), "600"]),
+    "claims_check": Check(CORE, [str(SEED), "10000"], [str(SEED), "10000"], (*PAUSES, "-Wl,--wrap=fcntl")),
 }
 ADDRESSES, THREADS = "address,undefined", "thread"
 
-# What goes through the C code. Left out: what is about torch, and what starts dozens of processes, or whole groups, to
-# come by the same lines of C.
+# What goes through the C code, and what reads bytes of strangers. Left out: what is about torch, and what starts dozens of
+# processes, or whole groups, to come by the same lines of C.
 PYTHON_TESTS = (
+    "test_ls.py", "test_codec_plain.py", "test_modes.py", "test_sweep.py", "test_gc.py",
     "test_native_claims.py", "test_native_ring.py", "test_native_agree.py", "test_native_meter.py", "test_hostile.py",
     "test_arena.py", "test_attach.py", "test_codec.py", "test_hash.py", "test_handle.py", "test_arrays.py",
     "test_reservation.py", "test_in_place.py", "test_message.py", "test_lockstep.py", "test_metrics.py",
@@ -76,7 +91,8 @@ def check(folder: Path, name: str, compiler: str, sanitizer: str, arguments: lis
     program = folder / f"{name}-{compiler}-{sanitizer[:6]}"
     source = TESTS / "native" / f"{name}.c"
     title = f"{name}, {compiler} -fsanitize={sanitizer}"
-    build: list[str | Path] = [compiler, *FLAGS, f"-fsanitize={sanitizer}", source, *CHECKS[name][0], "-o", program]
+    build: list[str | Path] = [compiler, *FLAGS, f"-fsanitize={sanitizer}", *CHECKS[name].flags, source]
+    build += [*CHECKS[name].sources, "-o", program]
     done = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
         print(f"sanitize {title}: it can not be built:\n{done.stdout}", flush=True)
@@ -117,10 +133,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = [pool.submit(in_python, name, environment, sys.argv[1:]) for name in PYTHON_TESTS]
         for compiler in compilers():
-            for name, (_, addresses, threads) in CHECKS.items():
-                jobs.append(pool.submit(check, Path(folder), name, compiler, ADDRESSES, addresses))
-                if threads is not None:
-                    jobs.append(pool.submit(check, Path(folder), name, compiler, THREADS, threads))
+            for name, wanted in CHECKS.items():
+                jobs.append(pool.submit(check, Path(folder), name, compiler, ADDRESSES, wanted.addresses))
+                if wanted.threads is not None:
+                    jobs.append(pool.submit(check, Path(folder), name, compiler, THREADS, wanted.threads))
         good = [job.result() for job in jobs]
     print(f"sanitize: {sum(good)} of {len(good)} are good", flush=True)
     return 0 if all(good) else 1

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shmcast
-from shmcast import codec
+from shmcast import arrays, codec
 from shmcast.attach import lease_of
 from shmcast.errors import (
     ArenaFullError,
@@ -22,6 +22,7 @@ from shmcast.errors import (
     PeerLostError,
     ShmcastError,
     StaleHandleError,
+    UnsupportedArrayError,
 )
 
 BIG = 50_000
@@ -388,6 +389,78 @@ def test_an_array_number_that_is_none(arena) -> None:
     body = codec._COUNT.pack(0) + blob[at:]
     with pytest.raises(HandleError, match="array 0"):
         shmcast.loads(resealed(body))
+
+
+def with_inline(dtype: str, shape: tuple[int, ...], data: bytes = b"", torch: bool = False) -> bytes:
+    """The blob of one array that travels as bytes."""
+    code = dtype.encode()
+    entry = codec._INLINE.pack(torch, len(code), len(shape)) + code
+    entry += b"".join(length.to_bytes(8, "little") for length in shape) + data
+    block = b"\x80\x05\x8c\x0dshmcast.codec\x8c\x06_block\x93K\x00\x85R."
+    return resealed(codec._COUNT.pack(1) + codec._ENTRY.pack(1, len(entry)) + entry + block)
+
+
+@pytest.mark.parametrize("allow_pickle", [True, False])
+@pytest.mark.parametrize("dtype", ["|S0", "<U0", "|V0", "[]", "[('a', '<f4', (0,))]", "[('a', '|S0')]"])
+def test_elements_of_no_bytes_are_refused(arena, dtype: str, allow_pickle: bool) -> None:
+    """Of those a blob of 75 bytes would hold 2**62."""
+    assert shmcast.loads(with_inline("uint8", (2, 3), b"abcdef"), allow_pickle=allow_pickle).shape == (2, 3)
+    for shape in ((1 << 62,), (1 << 31, 1 << 31), (3,), (0,), ()):
+        with pytest.raises(HandleError):
+            shmcast.loads(with_inline(dtype, shape), allow_pickle=allow_pickle)
+    handle = arena.publish(np.zeros(0, "uint8"))
+    with pytest.raises(HandleError):
+        _ = shmcast.attach(handle._replace(dtype=dtype, shape=(1 << 62,))).array
+
+
+def test_arrays_of_elements_of_no_bytes_travel_in_the_pickle(arena) -> None:
+    """Empty arrays do not: nothing is odd about them."""
+    for empty in (np.zeros(3, "V0"), np.zeros(2, [("a", "f4", (0,))]), np.ndarray((3,), "S0", b"")):
+        with pytest.raises(UnsupportedArrayError, match="elements of no bytes"):
+            arena.publish(empty)
+        seen = shmcast.loads(shmcast.dumps(empty, arena, min_bytes=0))
+        assert (seen.dtype, seen.shape) == (empty.dtype, empty.shape)
+    with pytest.raises(UnsupportedArrayError, match="say how long"):
+        arena.reserve((3,), "S")
+    for nothing in (np.zeros(0), np.zeros((3, 0, 2), "S5"), np.zeros(0, [("a", "i4")])):
+        seen = shmcast.loads(shmcast.dumps(nothing, arena, min_bytes=0), allow_pickle=False)
+        assert (seen.dtype, seen.shape) == (nothing.dtype, nothing.shape)
+        assert lease_of(seen) is not None
+
+
+@pytest.mark.parametrize("allow_pickle", [True, False])
+def test_shapes_that_are_none(allow_pickle: bool) -> None:
+    """Whatever they say, they are refused by an error of ours."""
+    for torch in (False, True):
+        for shape in (
+            ((1 << 64) - 1, 4), (1 << 63,), (0, 1 << 63), ((1 << 64) - 1, 0), (1 << 32, 1 << 32), (1 << 62, 4), (0,), (2,),
+            (1 << 61, 8), (1,) * 255, (0, 1 << 62, 1 << 62), ((1 << 32) + 1, (1 << 32) - 1),
+        ):  # fmt: skip
+            for dtype in (
+                "int32",
+                "uint8",
+                "bool",
+                "complex128",
+                "bfloat16",
+                "float8_e5m2",
+                "Tensor",
+                "__class__",
+                "\0",
+            ):
+                for data in (b"", b"abcd"):
+                    try:
+                        seen = shmcast.loads(with_inline(dtype, shape, data, torch), allow_pickle=allow_pickle)
+                    except (HandleError, UnsupportedArrayError):
+                        continue
+                    assert (0 in shape) == (data == b"")
+                    assert seen.nbytes == len(data)
+
+
+def test_long_dtypes_are_not_kept() -> None:
+    """A stranger could fill the cache with megabytes each."""
+    code = repr([(f"field{number}", "|u1") for number in range(50)])
+    assert shmcast.loads(with_inline(code, (1,), bytes(50))).dtype.itemsize == 50
+    assert code not in arrays._dtypes
 
 
 def test_the_pickle_inside_is_of_no_use_alone(arena) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import builtins
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import pickle
 import pickletools
 import random
+import struct
 from functools import partial
 from typing import Any
 
@@ -79,7 +81,13 @@ PLAIN: list[Any] = [
     np.datetime64("2020-01-01"), np.timedelta64(5, "ms"), np.datetime64("NaT"),
     np.arange(5), np.arange(5.0, dtype=">f4"), np.zeros(0), np.zeros((3, 0, 2)), np.array(7), np.ones((2, 3), order="F"),
     np.arange(10)[::2], np.arange(12).reshape(3, 4).T[::2], np.array(["a", "bc"]), np.array([b"a"]), np.zeros(3, bool),
-    np.array(["2020", "NaT"], "M8[us]"), np.float16([1, 2]), np.zeros((1,) * 20),
+    np.array(["2020", "NaT"], "M8[us]"), np.float16([1, 2]), np.zeros((1,) * 20), np.str_(""), np.bytes_(b""),
+    np.zeros(0, "S5"), np.zeros((2, 0), "U3"), {np.int64(3): 1, np.float32(2): 2, np.str_("x"): 3, np.datetime64("2020", "D"): 4},
+    dict.fromkeys(itertools.product(range(-3, 3), repeat=4), 1), {frozenset(key) for key in itertools.combinations(range(-3, 9), 3)},
+    {1 << n: n for n in range(3000)}, {0.5 * n: n for n in range(3000)}, {complex(n, -n) for n in range(500)},
+    {"x" * n for n in range(300)}, {str(n): n for n in range(40000)}, {n.to_bytes(4, "big") for n in range(40000)},
+    {frozenset(map(str, range(500))): 1}, {tuple(range(900)): 1}, {"x" * (1 << 21): 1}, {b"x" * (1 << 21)},
+    [{(1, "key"): n} for n in range(1000)],
 ]  # fmt: skip
 
 
@@ -206,6 +214,8 @@ def named(module: str, name: str) -> bytes:
 
 
 DTYPE = named("numpy", "dtype") + b"\x8c\x02f4\x89\x88\x87R"
+NOTHING = named("numpy", "dtype") + b"\x8c\x02S0\x89\x88\x87R"
+RECONSTRUCT = named("numpy._core.multiarray", "_reconstruct") + named("numpy", "ndarray") + b"K\0\x85C\x01b\x87R"
 HOSTILE: dict[str, bytes] = {
     "text global": b"cos\nsystem\n(S'exit 1'\ntR.",
     "inst": b"(S'exit 1'\nios\nsystem\n.",
@@ -249,6 +259,17 @@ HOSTILE: dict[str, bytes] = {
         + b"(C\x04abcd" + DTYPE + b"J\xff\xff\xff\xff\x85\x8c\x01CtR.",
     "a length that is no int": named("numpy._core.numeric", "_frombuffer") + b"(C\x04abcd" + DTYPE + b"\x88\x85\x8c\x01CtR.",
     "an order of its own": named("numpy._core.numeric", "_frombuffer") + b"(C\x04abcd" + DTYPE + b"K\x01\x85\x8c\x01AtR.",
+    "elements of no bytes": named("numpy._core.numeric", "_frombuffer")
+        + b"(C\0" + NOTHING + b"\x8a\x08" + (1 << 62).to_bytes(8, "little") + b"\x85\x8c\x01CtR.",
+    "a gigabyte of elements of no bytes": RECONSTRUCT + b"(K\x01J\0\0\0\x40\x85" + NOTHING + b"\x89C\0tb.",
+    "a terabyte of text of no bytes": RECONSTRUCT + b"(K\x01\x8a\x06\0\0\0\0\0\x01\x85" + NOTHING.replace(b"S0", b"U0") + b"\x89C\0tb.",
+    "a length beyond all": named("numpy._core.numeric", "_frombuffer")
+        + b"(C\0" + DTYPE + b"K\0\x8b\0\x01\0\0" + b"\x7f" * 256 + b"\x86\x8c\x01CtR.",
+    "more dimensions than there are": named("numpy._core.numeric", "_frombuffer")
+        + b"(C\x04abcd" + DTYPE + b"(" + b"K\x01" * 65 + b"t\x8c\x01CtR.",
+    "a unit of time beyond all": named("numpy", "dtype") + b"\x8c\x02M8\x85R(K\x04\x8c\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0"
+        + b"N(C\x01s\x8b\0\x01\0\0" + b"\x7f" * 256 + b"K\x01K\x01t\x86tb0N.",
+    "a memo that is far": b"Nr\xff\xff\xff\x7f.",
     "a list for bytes": named("numpy._core.numeric", "_frombuffer") + b"(]" + DTYPE + b"K\x01\x85\x8c\x01CtR.",
     "an array for bytes": named("numpy._core.multiarray", "scalar") + DTYPE + b"]\x86R.",
     "nothing": b"",
@@ -304,6 +325,135 @@ def test_a_key_that_takes_for_ever_to_compare() -> None:
                 raw += b"(" + mention + (mention + pair if pair else b"") + b"\x91\x94"
         with pytest.raises(HandleError, match="parts"):
             load(raw + b"\x91.")
+
+
+P61 = (1 << 61) - 1
+"""The hash of an int is what is left of it after division by this."""
+
+
+def ints(*values: int) -> bytes:
+    return b"".join(b"\x8a\x10" + value.to_bytes(16, "little", signed=True) for value in values)
+
+
+def floats(*values: float) -> bytes:
+    return b"".join(b"G" + struct.pack(">d", value) for value in values)
+
+
+COMPLEX = named("builtins", "complex") + b"\x940"
+ALIKE: dict[str, tuple[bytes, list[bytes]]] = {
+    "ints": (b"", [ints(n * P61) for n in range(2000)]),
+    "negative ints": (b"", [ints(-5 - n * P61) for n in range(2000)]),
+    "complex numbers": (COMPLEX, [b"h\0" + floats(7.0 - 1000003.0 * n, n) + b"\x86R" for n in range(2000)]),
+    "tuples": (b"", [b"(" + b"".join(b"J" + pick.to_bytes(4, "little", signed=True) for pick in key) + b"t"
+                     for key in itertools.product((-1, -2), repeat=11)]),
+    "frozensets": (b"", [b"(" + ints(n * P61, (n + 1) * P61) + b"\x91" for n in range(2000)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize(
+    "how", ["at once", "one by one", "in a set", "in a set, one by one", "in a frozenset", "text between"]
+)
+def test_keys_of_the_same_hash(name: str, how: str) -> None:
+    """Each is compared with all the others: 40,000 take half a megabyte and ten seconds."""
+    before, keys = ALIKE[name]
+    assert len({hash(key) for key in load(before + b"(" + b"".join(keys) + b"l.".replace(b"l", b"t"))}) == 1
+    few = before + b"}(" + b"".join(key + b"N" for key in keys[:20]) + b"u."
+    assert len(load(few)) == 20
+    match how:
+        case "at once":
+            raw = b"}(" + b"".join(key + b"N" for key in keys) + b"u."
+        case "one by one":
+            raw = b"}" + b"".join(key + b"Ns" for key in keys) + b"."
+        case "in a set":
+            raw = b"\x8f(" + b"".join(keys) + b"\x90."
+        case "in a set, one by one":
+            raw = b"\x8f" + b"".join(b"(" + key + b"\x90" for key in keys) + b"."
+        case "in a frozenset":
+            raw = b"(" + b"".join(keys) + b"\x91."
+        case "text between":
+            raw = b"}(" + b"".join(key + b"N\x8c\x01" + b"%cN" % (65 + n % 26) for n, key in enumerate(keys)) + b"u."
+    with pytest.raises(HandleError, match="again and again"):
+        load(before + raw)
+
+
+def test_few_of_the_same_hash_in_each_of_many() -> None:
+    """What is counted is counted for each dict: 0 is a key of all of them."""
+    raw = b"](" + (b"}(" + b"".join(ints(n * P61) + b"N" for n in range(10)) + b"u") * 2000 + b"e."
+    assert len(load(raw)) == 2000
+
+
+@pytest.mark.parametrize(
+    "key",
+    [b"(" + b"K\1" * 900 + b"t", b"\x8d\0\0\1\0\0\0\0\0" + b"a" * (1 << 16), b"\x8b\0\x80\0\0" + b"a" * (1 << 15)],
+    ids=["tuple", "text", "int"],
+)
+def test_keys_are_mentioned_again_and_again(key: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bytes to look for a long one once more, in the same dict, and each time in another one."""
+    monkeypatch.setattr(plain, "_PART_BYTES", 64)  # or a text that is long enough would take its time here as well
+    both = b"(" + key + b"q\0" + key + b"q\1"
+    with pytest.raises(HandleError, match="again and again"):
+        load(both + b"}(" + b"h\0Nh\1N" * 10_000 + b"ut.")
+    with pytest.raises(HandleError, match="again and again"):
+        load(both + b"}(h\0Nh\1Nu" * 10_000 + b"t.")
+    assert len(load(both + b"}(h\0Nh\1Nut.")[-1]) == 1
+
+
+@pytest.mark.parametrize("levels", [2, 8])
+def test_frozensets_whose_elements_have_the_same_hash(levels: int) -> None:
+    """Three alike on every level, two of them in each of the next. With eight levels there are 511 in all, and to find out
+    that two of these are equal takes 65,536 steps."""
+    raw, count = b"(", 3 * (1 + levels)
+    mentions = [b"j" + n.to_bytes(4, "little") for n in range(2 * count)]
+    for start in (0, count):
+        raw += b"\x94".join((ints(0), ints(P61), ints(2 * P61), b""))
+        for level in range(start, start + 3 * levels, 3):
+            for first, second in itertools.combinations(mentions[level : level + 3], 2):
+                raw += b"(" + first + second + b"\x91\x94"
+    raw += b"}(" + mentions[count - 1] + b"N" + mentions[-1] + b"Nut."
+    if levels == 2:
+        assert len(load(raw)[-1]) == 1
+    else:
+        with pytest.raises(HandleError, match="parts"):
+            load(raw)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_numbers_in_one_container_are_bounded(last: int) -> None:
+    """Not the same hash, but numbers can be chosen so that they meet in the table, each with all that are there."""
+    keys = [b"J" + n.to_bytes(4, "little") for n in range(plain._KEYS_CHOSEN + last)]
+    texts = [b"\x8c\x05%05d" % n for n in range(3 * plain._KEYS_CHOSEN)]
+    forms = {
+        "a dict": b"}(" + b"N".join(keys) + b"Nu.",
+        "a dict one by one": b"}" + b"Ns".join(keys) + b"Ns.",
+        "a set": b"\x8f(" + b"".join(keys[:1000]) + b"\x90(" + b"".join(keys[1000:]) + b"\x90.",
+        "a frozenset": b"(" + b"".join(keys) + b"\x91.",
+        "a dict with texts": b"}(" + b"N".join(keys + texts) + b"Nu.",
+    }
+    for form, raw in forms.items():
+        if last:
+            with pytest.raises(HandleError, match="more than 16384 keys"):
+                load(raw)
+        else:
+            assert len(load(raw)) == len(keys) + (len(texts) if "texts" in form else 0), form
+    assert len(load(b"](" + (b"}(" + b"N".join(keys[:10000]) + b"Nu") * 3 + b"e.")) == 3
+
+
+def test_no_memory_is_an_error_of_ours() -> None:
+    def no_memory(number: int) -> Any:
+        raise MemoryError("1 TiB")
+
+    with pytest.raises(HandleError, match="there is no memory"):
+        plain.load(named("shmcast.codec", "_block") + b"K\x00\x85R.", BLOCK, no_memory)
+
+
+def test_an_error_does_not_repeat_what_has_no_end() -> None:
+    """A tuple of ten thousand times the same text of ten thousand characters, where the number of an array belongs."""
+    text = b"\x8d" + (10_000).to_bytes(8, "little") + b"a" * 10_000
+    raw = named("shmcast.codec", "_block") + b"(" + text + b"q\0" + b"h\0" * 10_000 + b"t\x85R."
+    with pytest.raises(HandleError, match="by a tuple") as caught:
+        shmcast.loads(wrapped(raw), allow_pickle=False)
+    assert len(str(caught.value)) < 1000
 
 
 def test_bytes_are_copied_once() -> None:

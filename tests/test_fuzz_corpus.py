@@ -46,4 +46,4 @@ def test_the_corpus_of_a_decoder(name):
 
 def test_every_target_has_a_corpus():
     assert IN_C == ["control", "entries"]
-    assert IN_PYTHON == ["attach", "group_message", "handle", "tree"]
+    assert IN_PYTHON == ["attach", "group_message", "handle", "plain", "tree"]

@@ -1,25 +1,30 @@
 """What decodes bytes of other processes, driven by bytes that nobody has written: ``fuzz.py TARGET SECONDS [SEED]``; with 0 seconds
 the corpus alone.
 
-A target takes bytes and returns; an exception that is not one of ours, or a hang, is a find. With the package ``atheris``
-(coverage-guided) where it is installed, else with changed inputs of the corpus, seeded. What ends a run is left in
-``build/fuzz/crash-TARGET``; put it into ``corpus/TARGET`` with the mend. What a tree's pickle does is not looked at: it
-may run any code, as `shmcast.loads` says.
+A target takes bytes and returns; an exception that is not one of ours is a find, and so is what takes longer than
+INPUT_S_MAX, or more memory than INPUT_BYTES_MAX of it warrant. With the package ``atheris`` (coverage-guided) where it is
+installed, else with changed inputs of the corpus, seeded. What ends a run is left in ``build/fuzz/crash-TARGET``; put it
+into ``corpus/TARGET`` with the mend. A pickle that is allowed to is not looked at: it may run any code, as `shmcast.loads`
+says; ``plain`` is the reader of those that are not.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import random
+import resource
 import signal
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,13 +40,18 @@ CORPUS = HERE / "corpus"
 CRASHES = HERE.parent.parent / "build" / "fuzz"
 INPUT_S_MAX = 10
 INPUT_BYTES_MAX = 512
+# What decoding may allocate: a constant for what Python does once, an error and its traceback; and for every byte, of which
+# the most expensive one is that which makes an empty set, of 216 bytes.
+MEMORY_BYTES, MEMORY_FACTOR = 1 << 20, 1000
+# Beyond what is mapped at the start: for what Python does not count, as torch's memory.
+ADDRESSES_BYTES = 2 << 30
 
 
 def _import() -> None:
     # under instrumentation where there is any, so not at the top
-    global shmcast, codec, lockstep, meeting, message, Handle, hash128
+    global shmcast, codec, lockstep, meeting, message, tensors, Handle, hash128
     import shmcast
-    from shmcast import codec, hash128, lockstep, meeting, message
+    from shmcast import codec, hash128, lockstep, meeting, message, tensors
     from shmcast.handle import Handle
 
 
@@ -68,20 +78,82 @@ def handle(data: bytes) -> None:
 
 
 def tree(data: bytes) -> None:
-    """What `loads` does before it unpickles: the frame, the handles and the arrays in it."""
-    raw = codec._HEAD.pack(codec.MAGIC, codec.VERSION, hash128(data) & _LOW) + data
+    """What `loads` does before it unpickles: the frame, then each of the handles and arrays in it, with the pickle of a tree
+    that is nothing else. Tensors, too, where torch is installed."""
     try:
-        entries, _ = codec._parse(raw)
+        entries, at = codec._parse(_framed(data))
     except shmcast.HandleError:
         return
+    with contextlib.suppress(*_of_ours()):
+        codec.loads(_framed(data[: at - codec._HEAD.size] + _PLAIN_TREE))
     for tag, start, end in entries[:16]:
-        try:
-            if tag == codec._HANDLE_TAG:
-                codec._attached(_right_handle(raw[start:end]))
-            else:
-                codec._inlined(raw, start, end)
-        except (shmcast.HandleError, shmcast.ArenaError, shmcast.UnsupportedArrayError):
-            pass
+        entry = data[start - codec._HEAD.size : end - codec._HEAD.size]
+        entry = _right_handle(entry) if tag == codec._HANDLE_TAG else entry
+        raw = _framed(codec._COUNT.pack(1) + codec._ENTRY.pack(tag, len(entry)) + entry + _TREE_OF_ONE)
+        for allow_pickle in (False, True):
+            with contextlib.suppress(*_of_ours()), _in_proportion(raw):
+                _is_plain(shmcast.loads(raw, allow_pickle=allow_pickle), len(entry))
+
+
+def plain(data: bytes) -> None:
+    """`loads` of a pickle that is not trusted, beside one array: a plain thing, or an error of ours."""
+    raw = _framed(_ONE_ARRAY + data)
+    with contextlib.suppress(*_of_ours()), _in_proportion(raw):
+        _is_plain(shmcast.loads(raw, allow_pickle=False), len(raw))
+
+
+def _framed(body: bytes) -> bytes:
+    """With the head of a tree, whose hash is right."""
+    return codec._HEAD.pack(codec.MAGIC, codec.VERSION, hash128(body) & _LOW) + body
+
+
+_PLAIN_TREE = b"\x80\x05N."
+_TREE_OF_ONE = b"\x80\x05\x8c\x0dshmcast.codec\x8c\x06_block\x93K\x00\x85R."
+_ONE_ARRAY = struct.pack("<IBQBHB5sQ", 1, 1, 21, 0, 5, 1, b"uint8", 4) + b"abcd"
+
+
+def _of_ours() -> tuple[type[Exception], ...]:
+    """What may come out of `loads` whatever its bytes say."""
+    return shmcast.HandleError, shmcast.StaleHandleError, shmcast.ArenaGoneError, shmcast.UnsupportedArrayError
+
+
+@contextlib.contextmanager
+def _in_proportion(raw: bytes) -> Iterator[None]:
+    """AssertionError where more memory is taken than that many bytes may ask for, whatever becomes of it."""
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        if peak > MEMORY_BYTES + MEMORY_FACTOR * len(raw):
+            raise AssertionError(f"{len(raw)} bytes have taken {peak} of memory")
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, np.ndarray)
+
+
+def _is_plain(made: Any, nbytes: int) -> None:
+    """AssertionError where there is anything in it that is not, or an array of more elements than came as bytes."""
+    left, seen = [made], set()
+    while left:
+        thing = left.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, np.ndarray):
+            assert thing.nbytes <= nbytes, f"an array of {thing.nbytes} bytes from {nbytes}"
+            assert thing.size <= nbytes, f"an array of {thing.size} elements from {nbytes} bytes"
+            thing.tobytes()
+        elif tensors.is_tensor(thing):
+            assert thing.numel() * thing.element_size() <= nbytes, f"a tensor of {thing.shape} from {nbytes} bytes"
+            thing.clone()
+        else:
+            assert type(thing) in _PLAIN or isinstance(thing, np.generic), type(thing)
+        if isinstance(thing, dict):
+            left += [*thing, *thing.values()]
+        elif isinstance(thing, (list, tuple, set, frozenset)):
+            left += thing
 
 
 def group_message(data: bytes) -> None:
@@ -131,7 +203,7 @@ def attach(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (handle, tree, group_message, attach)
+    target.__name__: target for target in (handle, tree, plain, group_message, attach)
 }
 
 
@@ -170,6 +242,17 @@ def _try(target: str, data: bytes) -> None:
         raise
 
 
+def _import_torch() -> None:
+    """Where it is installed: once, and not while an input is looked at, which it would take too long for."""
+    with contextlib.suppress(shmcast.UnsupportedArrayError):
+        tensors.import_torch("fuzz").empty(0)
+
+
+def _bound_addresses() -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES_BYTES, resource.RLIM_INFINITY))
+
+
 def _hangs(*_: object) -> None:
     raise TimeoutError(f"an input took longer than {INPUT_S_MAX} s")
 
@@ -197,8 +280,13 @@ def mutate(target: str, seconds: float, seed: int) -> int:
     """The corpus, then changed inputs of it; how many."""
     signal.signal(signal.SIGALRM, _hangs)
     rng, inputs, count = random.Random(seed), corpus(target), 0
+    if target == "tree":
+        _import_torch()
+    _bound_addresses()
     for data in inputs:
+        signal.alarm(INPUT_S_MAX)
         _try(target, data)
+        signal.alarm(0)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         signal.alarm(INPUT_S_MAX)
@@ -241,7 +329,9 @@ def main() -> int:
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else random.SystemRandom().getrandbits(31)
     if atheris is None or seconds == 0:
         print(f"fuzz {target}: {seconds:g} s, seed {seed}, without atheris: changed inputs of the corpus", flush=True)
-        print(f"fuzz {target}: ok, {mutate(target, seconds, seed)} inputs")
+        print(
+            f"fuzz {target}: ok, {mutate(target, seconds, seed)} inputs{' with torch' if 'torch' in sys.modules else ''}"
+        )
     elif CHILD_VARIABLE in os.environ:
         guided(target, seconds, seed)
     else:

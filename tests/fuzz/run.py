@@ -3,7 +3,8 @@ has found something.
 
 ``control`` and ``entries`` are C, under sanitizers: with libFuzzer where there is a clang that has it, else with whatever
 compiler there is and replay.c, which changes what the corpus has. ``control`` runs once more with a thread that writes
-to the control segment all the time. The others are fuzz.py's.
+to the control segment all the time. The others are fuzz.py's; ``tree`` runs once more where there are tensors to decode,
+in the environment of `make test`.
 """
 
 from __future__ import annotations
@@ -85,6 +86,27 @@ def c_harnesses(names: list[str], seconds: int, seed: int) -> list[Harness]:
     return made
 
 
+def with_torch() -> Path | None:
+    """A Python that has torch and the package: ours, or that of `make test`; None where there is none."""
+    for python in (Path(sys.executable), ROOT / ".venv/bin/python"):
+        command = [python, "-c", "import torch, shmcast"]
+        if python.exists() and subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+            return python
+    print("fuzz tree: no torch here and no .venv that has it (make test): tensors are not decoded", flush=True)
+    return None
+
+
+def python_harnesses(names: list[str], seconds: int, seed: int) -> list[Harness]:
+    made = []
+    for name in names:
+        arguments = [HERE / "fuzz.py", name, str(seconds), str(seed)]
+        made.append(Harness(name, [sys.executable, *arguments]))
+        other = with_torch() if name == "tree" else None
+        if other is not None and other != Path(sys.executable):
+            made.append(Harness("tree with torch", [other, *arguments]))
+    return made
+
+
 def run(harness: Harness, seconds: int) -> tuple[Harness, int, str]:
     folder = BUILD / harness.name.replace(" ", "-")
     folder.mkdir(exist_ok=True)  # where replay.c leaves what it was at
@@ -113,9 +135,7 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     in_c = [name for name in names if (HERE / f"{name}.c").exists()]
     runs = c_harnesses(in_c, given.seconds, given.seed)
-    for name in names:
-        if name not in in_c:
-            runs.append(Harness(name, [sys.executable, HERE / "fuzz.py", name, str(given.seconds), str(given.seed)]))
+    runs += python_harnesses([name for name in names if name not in in_c], given.seconds, given.seed)
     print(f"fuzz: {len(runs)} runs of {given.seconds} s, {AT_ONCE} at a time, seed {given.seed}", flush=True)
     failures = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
