@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib.util
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from child import Child
+from child import Child, untidy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,6 +118,13 @@ def open_files() -> dict[tuple[int, str], str]:
         if not target.startswith(BENIGN_FILES):
             found[int(entry), target] = f"fd {entry} -> {target}"
     return found
+
+
+@pytest.fixture(autouse=True)
+def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nothing runs in the background that a test has not asked for."""
+    with untidy() if request.path.stem != "test_tidy" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

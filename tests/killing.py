@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 import shmcast
+from child import untidy
 from shmcast import _native, names
 
 NUMBERS = {number: name for name, number in _native.STEPS.items()}
@@ -330,7 +331,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # what has been begun is tidied up
     wrong = False
     for role in [role for role in roles if not arguments or role.name in arguments or role.kind in arguments]:
-        report = play_all(role)
+        with untidy():  # whoever is to reach a step reaches it itself
+            report = play_all(role)
         wrong |= bool(report.violations)
         print(json.dumps(dataclasses.asdict(report)), flush=True)
     return 1 if wrong else 0

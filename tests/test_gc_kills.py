@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 import shmcast
-from shmcast import _native, gc, names, process
+from shmcast import _native, gc, names
 
 SHM = Path(names.DIRECTORY)
 
 
 def owner(parent) -> None:
-    process.tidy_now_and_then = lambda *_: None  # it may be faster than the test
     with shmcast.Arena.create("4MiB", segment_bytes="1MiB", max_blocks=64) as arena:
         handles = [arena.publish(np.full(1 << 20, n, np.uint8), readers=0, keep=True) for n in range(2)]
         parent.send([handle.to_bytes() for handle in handles])
@@ -26,7 +25,6 @@ def owner(parent) -> None:
 
 
 def reader(parent, raws) -> None:
-    process.tidy_now_and_then = lambda *_: None
     leases = [shmcast.attach(raw) for raw in raws]
     parent.send(len(leases))
     parent.receive()

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import shmcast
-from shmcast import _native, gc, names, process
+from shmcast import _native, gc, names
 from shmcast.cli import gc as cli
 from shmcast.cli import watch as watching
 
@@ -81,14 +81,12 @@ def daemon(namespace: str) -> Iterator[Callable[..., Daemon]]:
 
 
 def owner(parent) -> None:
-    process.tidy_now_and_then = lambda *_: None  # it may be faster than the daemon
     with shmcast.Arena.create("2MiB", segment_bytes="1MiB", max_blocks=64) as arena:
         parent.send(arena.publish(np.full(1000, 7, np.uint8), readers=0, keep=True).to_bytes())
         parent.receive()
 
 
 def reader(parent, raw) -> None:
-    process.tidy_now_and_then = lambda *_: None
     lease = shmcast.attach(raw)
     parent.send(int(lease.array[0]))
     parent.receive()
