@@ -176,16 +176,12 @@ def _tidy_a_little(todo: gc.Plan) -> bool:
 
 
 def _start_afresh() -> None:
-    global fork_guard
-    fork_guard = threading.RLock()
     members.clear()
     _alive.clear()
     _tidied_s.clear()
 
 
-# Looked up at the time, as a child has another guard than its parent.
-os.register_at_fork(
-    before=lambda: fork_guard.acquire(),
-    after_in_parent=lambda: fork_guard.release(),
-    after_in_child=_start_afresh,
-)
+# The lock's own methods: Python code would be interrupted (KeyboardInterrupt) before it lets go, and what is raised here is
+# ignored, so that the guard were held for ever. In the child the thread that forked holds it, as it did in the parent.
+os.register_at_fork(after_in_child=_start_afresh)
+os.register_at_fork(before=fork_guard.acquire, after_in_parent=fork_guard.release, after_in_child=fork_guard.release)

@@ -73,10 +73,6 @@ def clean(namespace: str) -> None:
             os.unlink(f"/dev/shm/{name}")
 
 
-def interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     options = arguments()
     with_steps()
@@ -84,16 +80,15 @@ def main() -> int:
 
     namespace = f"soak{os.getpid()}x{secrets.token_hex(4)}"
     os.environ["SHMCAST_NAMESPACE"] = namespace  # of groups, which make arenas of their own
-    signal.signal(signal.SIGTERM, interrupted)
     size = Size(options.owners, options.readers, options.sweepers, options.groups, options.rate)
     run = Conductor(options.seed, size, namespace)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.interrupt)
     began = time.monotonic()
     done = False
     try:
         run.run(options.seconds)
-        done = True
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
+        done = not run.interrupted
     except Exception as error:
         run.complain(f"the run itself: {type(error).__name__}: {error}")
         raise

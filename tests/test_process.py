@@ -3,6 +3,8 @@
 import fcntl
 import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -252,6 +254,38 @@ def forks_while_joining(parent, raw: bytes) -> None:
     thread.join()
     assert statuses == {0}, statuses
     parent.send("ended")
+
+
+INTERRUPTED_FORK = """
+import ctypes, functools, logging, os, signal, threading, numpy
+
+class Interrupt(Exception):
+    pass
+
+def interrupt(*_):
+    raise Interrupt
+
+signal.signal(signal.SIGUSR1, interrupt)
+os.register_at_fork(after_in_parent=functools.partial(getattr(ctypes.CDLL(None), "raise"), int(signal.SIGUSR1)))
+from shmcast import process
+
+try:
+    if os.fork() == 0:
+        os._exit(0)
+except Interrupt:
+    print("interrupted")
+free = []
+thread = threading.Thread(target=lambda: free.append(process.fork_guard.acquire(blocking=False)))
+thread.start()
+thread.join()
+print(free)
+"""
+
+
+def test_an_interrupt_in_a_fork_leaves_nothing_held() -> None:
+    """It comes just before the guard is let go, where Python ignores what handlers raise."""
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED_FORK], capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["interrupted", "[True]"], run
 
 
 def forgets_and_attaches_again(parent, first: bytes, second: bytes) -> None:

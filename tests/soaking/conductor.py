@@ -64,25 +64,31 @@ class Conductor:
         self._flat = census.Flatness(namespace)
         self._next_harm = self._next_quiet = 0.0
         self._quiet = False
+        self.interrupted = False
 
     def complain(self, what: str) -> None:
         """A violation."""
         self.violations.append(what)
         print(f"VIOLATION (seed {self._seed}): {what}", flush=True)
 
+    def interrupt(self, *_: object) -> None:
+        """Handler of signals. It raises nothing: that would be ignored where one is just forking."""
+        self.interrupted = True
+        print("interrupted", flush=True)
+
     def run(self, seconds: float) -> None:
-        """Until the time is up or there were enough violations. Leaves no process behind, whatever happens."""
+        """Until the time is up, there were enough violations, or it is interrupted. Leaves no process behind, whatever happens."""
         end = time.monotonic() + seconds
         signal.signal(signal.SIGALRM, self._stuck)
         try:
             self._next_quiet = time.monotonic() + QUIET_S
-            while time.monotonic() < end and len(self.violations) < VIOLATIONS_MOST:
+            while not self.interrupted and time.monotonic() < end and len(self.violations) < VIOLATIONS_MOST:
                 self._populate()
                 self._harm()
                 self._pump()
                 if time.monotonic() > self._next_quiet:
                     self._look()
-            if not self.violations:
+            if not self.violations and not self.interrupted:
                 self._look(drain=True)
                 for problem in self._flat.problems():
                     self.complain(problem)
