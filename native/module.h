@@ -20,15 +20,22 @@ struct module_state {
         *ring_type, *meter_type;
 };
 
+/* A copy-on-write mapping of a whole segment. A block lies in it once; leases that need it at the same time have a lane
+ * each, so that what one writes the others do not see. Kept as long as the segment: what was read there stays mapped. */
+struct lane {
+    struct lane *next;
+    uint8_t *base;
+    uint8_t *taken; /* per page: whether a lease has the block that starts there */
+};
+
 /* A data segment mapped in this process. Unmapped when the last of those who need it let go: leases and the member for
  * the read-only mapping, reservations and the owner for the writable one. */
 typedef struct {
     PyObject_HEAD uint32_t number;
     uint64_t size_bytes;
-    uint8_t *shared;        /* PROT_READ, but for the owner's own */
-    uint8_t *private;       /* copy-on-write; NULL until somebody needs it */
-    uint32_t *private_uses; /* per page: leases that gave out private views of the block that starts there */
-    bool private_broken;    /* written pages could not be dropped once: nobody gets a private view any more */
+    uint8_t *shared;     /* PROT_READ, but for the owner's own */
+    struct lane *lanes;  /* as many as there were ever needed at once */
+    bool private_broken; /* written pages could not be dropped once: nobody gets a private view any more */
 } SegmentObject;
 
 typedef struct {
@@ -46,8 +53,8 @@ typedef struct {
     uint64_t generation, offset_bytes, size_bytes;
     struct shmc_block_view block;
     uint32_t slot;
-    Py_ssize_t exports; /* buffers and views given out */
-    bool private_used;
+    Py_ssize_t exports;   /* buffers and views given out */
+    struct lane *lane;    /* where its private views lie, NULL as long as there are none */
     bool ended;           /* released by the caller */
     bool kept_by_address; /* somebody may keep the memory without an export: the hold lasts until dealloc */
 } LeaseObject;
@@ -122,6 +129,9 @@ SegmentObject *segment_new(const struct module_state *state, uint32_t number,
 SegmentObject *member_segment(MemberObject *self, uint32_t number); /* borrowed; mapped on demand */
 bool member_map(MemberObject *self, uint32_t number, int fd, bool populate);
 void member_unmap(MemberObject *self, uint32_t number);
+
+/* module_lease.c */
+void lanes_unmap(struct lane *lane, uint64_t size_bytes);
 
 /* module_fellows.c */
 bool as_ranks(PyTypeObject *type, PyObject *arguments, const char *format, MemberObject **member, struct tokens *tokens,

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-/* ---- the private mapping: pages that this process may write without anybody seeing it ---------------------------------- */
+/* ---- lanes: private mappings, whose pages a lease may write without anybody else seeing it ------------------------------ */
 
 /* The page at which the block starts in its segment; blocks that may be mapped privately start on one. */
 static size_t first_page(const LeaseObject *self)
@@ -16,38 +16,72 @@ static uint64_t block_page_bytes(const LeaseObject *self)
     return shmc_round_up(self->block.block_bytes, SHMC_PAGE_BYTES);
 }
 
-static bool map_privately(LeaseObject *self)
+void lanes_unmap(struct lane *lane, uint64_t size_bytes)
+{
+    while (lane != NULL) {
+        struct lane *next = lane->next;
+        shmc_segment_unmap(lane->base, size_bytes);
+        free(lane->taken);
+        free(lane);
+        lane = next;
+    }
+}
+
+static struct lane *find_lane(const LeaseObject *self)
+{
+    struct lane *lane = self->segment->lanes;
+    while (lane != NULL && lane->taken[first_page(self)]) {
+        lane = lane->next;
+    }
+    return lane;
+}
+
+/* Another mapping of the segment, for it to keep; false with an exception set. */
+static bool add_lane(LeaseObject *self)
 {
     SegmentObject *segment = self->segment;
     const struct shmc_detail none = {0, 0};
-    if (segment->private == NULL) {
-        void *base = NULL;
-        int fd = open_through(self->member->opener, segment->number);
-        if (fd < 0) {
-            return false;
-        }
-        enum shmc_status status = shmc_segment_map(fd, segment->size_bytes, SHMC_MAP_PRIVATE_COW, &base);
-        close(fd);
-        if (status != SHMC_OK) {
-            raise_status(self->member->state, status, &none, "map data segment privately");
-            return false;
-        }
-        if (segment->private == NULL) {
-            segment->private = base;
-        } else { /* another thread was faster while the opener ran; all must see the same private pages */
-            shmc_segment_unmap(base, segment->size_bytes);
-        }
+    void *base = NULL;
+    struct lane *lane = NULL;
+    enum shmc_status status;
+    int fd = open_through(self->member->opener, segment->number);
+    if (fd < 0) {
+        return false;
     }
-    if (segment->private_uses == NULL) {
-        segment->private_uses = calloc(segment->size_bytes / SHMC_PAGE_BYTES + 1, sizeof *segment->private_uses);
-        if (segment->private_uses == NULL) {
-            PyErr_NoMemory();
+    status = shmc_segment_map(fd, segment->size_bytes, SHMC_MAP_PRIVATE_COW, &base);
+    close(fd);
+    if (status != SHMC_OK) {
+        raise_status(self->member->state, status, &none, "map data segment privately");
+        return false;
+    }
+    lane = calloc(1, sizeof *lane);
+    uint8_t *taken = calloc(segment->size_bytes / SHMC_PAGE_BYTES + 1, 1);
+    if (lane == NULL || taken == NULL) {
+        free(lane);
+        free(taken);
+        shmc_segment_unmap(base, segment->size_bytes);
+        PyErr_NoMemory();
+        return false;
+    }
+    *lane = (struct lane){.base = base, .taken = taken};
+    struct lane **last = &segment->lanes; /* at the end: the first ones are those whose pages are mapped already */
+    while (*last != NULL) {
+        last = &(*last)->next;
+    }
+    *last = lane;
+    return true;
+}
+
+static bool map_privately(LeaseObject *self)
+{
+    while (self->lane == NULL) {
+        struct lane *lane = find_lane(self);
+        if (lane != NULL) {
+            lane->taken[first_page(self)] = 1;
+            self->lane = lane;
+        } else if (!add_lane(self)) { /* the opener is Python: look again, another thread may have run */
             return false;
         }
-    }
-    if (!self->private_used) {
-        self->private_used = true;
-        segment->private_uses[first_page(self)]++;
     }
     return true;
 }
@@ -55,14 +89,15 @@ static bool map_privately(LeaseObject *self)
 /* Before the hold is given up: what we wrote goes, or we would see it in the next block that lies here. */
 static void forget_private(LeaseObject *self)
 {
-    SegmentObject *segment = self->segment;
-    if (!self->private_used || --segment->private_uses[first_page(self)] != 0) {
+    if (self->lane == NULL) {
         return;
     }
-    uint8_t *base = segment->private + self->block.block_offset;
+    uint8_t *base = self->lane->base + self->block.block_offset;
     if (shmc_segment_forget_private(base, block_page_bytes(self)) != SHMC_OK) {
-        segment->private_broken = true; /* locked pages can not be dropped: others get copies from now on */
+        self->segment->private_broken = true; /* locked pages can not be dropped: others get copies from now on */
     }
+    self->lane->taken[first_page(self)] = 0;
+    self->lane = NULL;
 }
 
 static bool owns_pages(const LeaseObject *self)
@@ -129,7 +164,7 @@ static ViewObject *new_view(LeaseObject *self, bool private)
     if (view != NULL) {
         view->lease = (LeaseObject *)Py_NewRef(self);
         view->private = private;
-        view->base = (private ? self->segment->private : self->segment->shared) + self->offset_bytes;
+        view->base = (private ? self->lane->base : self->segment->shared) + self->offset_bytes;
         self->exports++;
     }
     return view;
@@ -187,11 +222,11 @@ static PyObject *lease_view(LeaseObject *self, PyObject *const *arguments, Py_ss
 
 static PyObject *lease_modified(LeaseObject *self, PyObject *Py_UNUSED(ignored))
 {
-    if (is_released(self) || !self->private_used) {
+    if (is_released(self) || self->lane == NULL) {
         Py_RETURN_FALSE;
     }
     uint64_t offset = self->block.block_offset;
-    return PyBool_FromLong(shmc_segment_private_written(self->segment->private + offset, self->segment->shared + offset,
+    return PyBool_FromLong(shmc_segment_private_written(self->lane->base + offset, self->segment->shared + offset,
                                                         block_page_bytes(self)));
 }
 

@@ -18,8 +18,7 @@ static void segment_dealloc(SegmentObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     shmc_segment_unmap(self->shared, self->size_bytes);
-    shmc_segment_unmap(self->private, self->size_bytes);
-    free(self->private_uses);
+    lanes_unmap(self->lanes, self->size_bytes);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -43,8 +42,8 @@ SegmentObject *segment_new(const struct module_state *state, uint32_t number, ui
     if (self != NULL) {
         self->number = number;
         self->size_bytes = size_bytes;
-        self->shared = self->private = NULL;
-        self->private_uses = NULL;
+        self->shared = NULL;
+        self->lanes = NULL;
         self->private_broken = false;
     }
     return self;

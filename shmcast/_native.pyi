@@ -193,12 +193,13 @@ class Lease:
         """Whether the block may be mapped privately (it shares no page with another block)."""
 
     def view(self, private: bool = False, /) -> View:
-        """An exporter of the lease's bytes: read-only, or writable copy-on-write. Keeps the lease alive; counts as an export.
+        """An exporter of the lease's bytes: read-only, or writable copy-on-write, which other leases do not see. Keeps the
+        lease alive; counts as an export.
 
         ``private=True`` raises ValueError unless `owns_pages`, OSError where the private mapping can not be made."""
 
     def modified(self) -> bool:
-        """Whether this process has written into the private mapping of the block."""
+        """Whether somebody has written into a private view of this lease."""
 
     def release(self) -> None:
         """Give the hold up now. BufferError while views or buffers are exported. Idempotent; nothing in a forked child."""

@@ -46,9 +46,9 @@ class Lease(_native.Lease):
     def tensor(self, mode: Literal["cow", "read"] = "cow") -> "torch.Tensor":
         """A tensor over the block's bytes; it keeps the lease alive.
 
-        ``"cow"``: copy-on-write. A write copies the page and is seen in this process alone, by every such tensor on the
-        block, until the last lease on the block here ends: then the written pages are dropped. A small block that shares
-        pages with others (less than 16 KiB) is copied instead.
+        ``"cow"``: copy-on-write. A write copies the page and is seen by the tensors of this lease alone, not by those of
+        other leases on the block, here or elsewhere; with the lease the written pages go. A small block that shares pages
+        with others (less than 16 KiB) is copied instead.
 
         ``"read"``: over the read-only pages that everybody shares. torch has no read-only tensors: an in-place
         operation on it ends the process with SIGSEGV."""

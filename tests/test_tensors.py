@@ -129,7 +129,7 @@ def test_writes_stay_in_this_process_and_end_with_the_lease(arena) -> None:
     assert not lease.modified()
     tensor[5], tensor[-1] = 1, 2
     assert lease.modified()
-    assert (int(other[5]), int(other[-1])) == (1, 2)  # private to the process, not to the tensor
+    assert (int(other[5]), int(other[-1])) == (1, 2)  # private to the lease, not to the tensor
     assert not shared.any()
     assert lease_of(tensor) is None
     assert lease_of(shared) is not None
@@ -167,15 +167,38 @@ def test_neighbours_in_a_page_are_copied(arena) -> None:
     assert set(shmcast.attach(first).tensor().tolist()) == {1}
 
 
-def test_the_same_block_twice_in_one_process(arena) -> None:
+def test_leases_on_one_block_write_for_themselves(arena) -> None:
+    """As requests do that share one image: n samples, a session, a retry."""
     handle = arena.publish(np.zeros(BIG, np.uint8), readers=0, keep=True)
-    one, two = shmcast.attach(handle), shmcast.attach(handle)
-    first, second = one.tensor(), two.tensor()
-    first[0] = 5
-    del first, one
-    assert int(second[0]) == 5  # the written page goes with the last lease, not with the first
-    del second, two
-    assert int(shmcast.attach(handle).tensor()[0]) == 0
+    again = arena.alias(handle, readers=0, keep=True)
+    tensors = [shmcast.attach(either).tensor() for either in (handle, handle, again)]
+    for number, tensor in enumerate(tensors, 1):
+        tensor[number] = number
+    for number, tensor in enumerate(tensors, 1):
+        assert tensor[:5].tolist() == [number if at == number else 0 for at in range(5)]
+        assert lease_of(tensor) is None
+    untouched = shmcast.attach(handle).tensor()
+    assert not untouched.any()
+    assert lease_of(untouched).handle.digest == handle.digest
+    del tensor, tensors[0]
+    assert not shmcast.attach(handle).tensor().any()  # what was written went with its lease, also where others go on
+    assert int(tensors[0][2]) == 2
+
+
+def private_mappings(handle) -> int:
+    with open("/proc/self/maps") as maps:
+        return sum(f".{handle.arena:016x}.{handle.segment}" in line and "rw-p" in line for line in maps)
+
+
+def test_private_mappings_are_used_again(arena) -> None:
+    handles = [arena.publish(np.full(BIG, n, np.uint8), readers=0, keep=True) for n in range(3)]
+    for _ in range(5):
+        tensors = [shmcast.attach(handles[0]).tensor() for _ in range(4)]
+        tensors += [shmcast.attach(handle).tensor() for handle in handles[1:]]
+        for tensor in tensors:
+            tensor[0] = 99
+        assert private_mappings(handles[0]) == 4
+        tensors.clear()
 
 
 def test_lease_is_found_from_any_tensor_on_it(arena) -> None:
