@@ -10,7 +10,7 @@ from . import metrics as metrics
 from .arena import Arena
 from .attach import Lease, attach, digest, process_token
 from .caster import Caster, Outcome
-from .codec import dumps, loads
+from .codec import dumps, loads, share
 from .compat import broadcast_pyobj
 from .errors import (
     ArenaError,
@@ -46,6 +46,7 @@ __all__ = [
     "attach",
     "dumps",
     "loads",
+    "share",
     "hash128",
     "digest",
     "process_token",

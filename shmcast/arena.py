@@ -7,26 +7,25 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import _native, arrays, growth, names, process, tensors
+from . import _native, arrays, content, growth, names, process, tensors
 from .attach import Peer, lease_of
+from .content import Hash
 from .errors import ArenaError, ArenaFullError, HandleError
-from .handle import Handle, check_digest
+from .handle import Handle
 from .reservation import Reservation, form_of
 from .sizes import parse_bytes
 from .sweep import sweep, sweep_everywhere
+from .terms import Readers, Terms, terms, timeout_ns
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-Readers: TypeAlias = int | str | Iterable[Peer]
-Terms: TypeAlias = tuple[int, tuple[Peer, ...] | None, bool, int, bool]
-"""(anonymous readers, named readers, keep, ns that unclaimed grants are in force, hash it)"""
 
 
 class _AsCreated:
@@ -103,8 +102,8 @@ class Arena:
                 raise ValueError(f"segment_bytes {segment_bytes!r} is more than max_bytes {max_bytes!r}")
         if not 1 <= max_blocks <= _native.SLOT_COUNT_MAX:
             raise ValueError(f"max_blocks {max_blocks}: 1 to {_native.SLOT_COUNT_MAX} are possible")
-        grant_ns = _timeout_ns("grant_timeout", grant_timeout)
-        idle_ns = _timeout_ns("idle_timeout", idle_timeout)
+        grant_ns = timeout_ns("grant_timeout", grant_timeout)
+        idle_ns = timeout_ns("idle_timeout", idle_timeout)
         names.check_mode(mode)
         sweep(namespace, peers=False)  # whose room this arena may need
         with process.fork_guard:
@@ -176,7 +175,7 @@ class Arena:
         readers: Readers = 1,
         keep: bool = False,
         digest: int | None = None,
-        hash: bool = True,
+        hash: Hash = True,
         grant_timeout: float | None = DEFAULT,
         timeout: float = 0.0,
     ) -> Handle:
@@ -184,8 +183,8 @@ class Arena:
 
         ``readers``: how many processes will attach it, the first n that come; or which, by their tokens; or "all", the
         others that have joined by now. ``keep``: the arena itself holds it besides, until `release`. ``digest``: 128 bits
-        that the caller knows the content by, instead of ours. ``hash=False``: no hash, no `verify`. ``timeout``: seconds
-        to wait for room. A view of a whole block of this arena is not copied but gets a new handle of the same bytes.
+        that the caller knows the content by, instead of ours. ``hash``: "sha256" for contents that strangers choose, see
+        `content.HashName`; False: none, and no `verify`. ``timeout``: seconds to wait for room. A view of a whole block of this arena is not copied but gets a new handle of the same bytes.
 
         Raises ArenaFullError (the arena stays usable), UnsupportedArrayError, PeerLostError, ArenaError (closed, or this
         is a forked child), ValueError."""
@@ -193,17 +192,14 @@ class Arena:
         form = tensors.describe(array)
         terms = self.terms(readers, keep, grant_timeout, hash)
         if digest is not None:
-            check_digest(digest)
+            content.check_digest(digest)
         origin = lease_of(array)
         if origin is not None and self._owns(origin.handle) and origin.whole:
             return self._alias(origin.handle, terms, digest, timeout)
-        if form.source is None:
-            published = self._put_together(form, terms, timeout)
-        else:
-            published = self._get("publish", partial(self._owner.publish, form.source, *terms), form.nbytes, timeout)
+        published = self._publish(form, terms, timeout)
         self._spend(form.nbytes)
         self._meter.observe(_PUBLISH_NS, time.monotonic_ns() - began_ns)
-        return _new(Handle, (*self._head, *form[:4], digest, *published))
+        return _new(Handle, (*self._head, *form[:4], digest, *published, terms.hash or "xxh3"))
 
     def publish_many(
         self,
@@ -211,7 +207,7 @@ class Arena:
         *,
         readers: Readers = 1,
         keep: bool = False,
-        hash: bool = True,
+        hash: Hash = True,
         grant_timeout: float | None = DEFAULT,
         timeout: float = 0.0,
     ) -> list[Handle]:
@@ -227,9 +223,9 @@ class Arena:
         head = self._head
         published = None
         sources: list[Any] = [form[4] for form in forms if form[4] is not None]
-        if len(sources) == len(forms):
+        if len(sources) == len(forms) and terms.hash != "sha256":
             try:
-                published = self._owner.publish_many(sources, *terms)
+                published = self._owner.publish_many(sources, *terms.native)
             except ArenaFullError:
                 pass  # one by one, so that room is made for each
         if published is None:
@@ -237,7 +233,7 @@ class Arena:
         self._spend(sum([form[3] for form in forms]))
         self._meter.observe(_PUBLISH_NS, time.monotonic_ns() - began_ns)
         return [
-            _new(Handle, (*head, kind, dtype, shape, nbytes, None, *block))
+            _new(Handle, (*head, kind, dtype, shape, nbytes, None, *block, terms.hash or "xxh3"))
             for (kind, dtype, shape, nbytes, _, _), block in zip(forms, published, strict=True)
         ]
 
@@ -249,26 +245,26 @@ class Arena:
         readers: Readers = 1,
         keep: bool = False,
         digest: int | None = None,
-        hash: bool = True,
+        hash: Hash = True,
         grant_timeout: float | None = DEFAULT,
         timeout: float = 0.0,
     ) -> Reservation:
         """A block to materialize into in place; its bytes are whatever was there before. ``dtype``: numpy's or torch's.
 
-        A context manager: sealed at its end, aborted if an exception leaves it. ``hash=True`` costs one pass when it is
+        A context manager: sealed at its end, aborted if an exception leaves it. A ``hash`` costs one pass when it is
         sealed. Other arguments and errors as for `publish`."""
         form, nbytes = form_of(shape, dtype)
         terms = self.terms(readers, keep, grant_timeout, hash)
         if digest is not None:
-            check_digest(digest)
+            content.check_digest(digest)
         block = self._get("reserve", partial(self._owner.reserve, nbytes), nbytes, timeout)
         self._spend(nbytes)
 
         def seal(block: _native.Reservation) -> Handle:
             began_ns = time.monotonic_ns()
-            published = self._get("seal", partial(block.seal, *terms), 0, timeout)
+            published = self._seal("seal", block, terms, timeout)
             self._meter.observe(_PUBLISH_NS, time.monotonic_ns() - began_ns)
-            return _new(Handle, (*self._head, *form, nbytes, digest, *published))
+            return _new(Handle, (*self._head, *form, nbytes, digest, *published, terms.hash or "xxh3"))
 
         return Reservation(block, form, seal)
 
@@ -287,7 +283,7 @@ class Arena:
         StaleHandleError where the block is gone: hold it, by a lease or by ``keep``. Other arguments as for `publish`."""
         self._check_own(handle, "alias")
         if digest is not None:
-            check_digest(digest)
+            content.check_digest(digest)
         return self._alias(handle, self.terms(readers, keep, grant_timeout, True), digest, timeout)
 
     def release(self, handle: Handle) -> bool:
@@ -340,33 +336,10 @@ class Arena:
 
     # ---- inside
 
-    def terms(self, readers: Readers, keep: bool, grant_timeout: float | None, hashed: bool) -> Terms:
+    def terms(self, readers: Readers, keep: bool, grant_timeout: float | None, hash: Hash) -> Terms:
         """The arguments of `publish` as the core takes them. ValueError where nobody would hold the block."""
-        grant_ns = self._grant_timeout_ns if grant_timeout is DEFAULT else _timeout_ns("grant_timeout", grant_timeout)
-        if isinstance(readers, int):
-            if readers < 0 or (readers == 0 and not keep):
-                raise ValueError(f"publish: readers={readers} and keep={keep}: nobody would hold the block")
-            if readers > _native.PEER_COUNT:
-                raise ValueError(
-                    f"publish: readers={readers}, but {_native.PEER_COUNT} processes can be in an arena; to name one "
-                    "process by its token, pass a list"
-                )
-            return readers, (), keep, grant_ns, hashed
-        if isinstance(readers, str):
-            if readers != "all":
-                raise ValueError(f"publish: readers is a number, process tokens or 'all', not {readers!r}")
-            if not keep and not self.peers:
-                raise ValueError("publish: readers='all', but nobody else has joined, and keep is False")
-            return 0, None, keep, grant_ns, hashed  # None: whoever is there at the exchange
-        own = _native.process_token()
-        tokens = tuple([token for token in readers if token != own])
-        if not all(isinstance(token, int) and 0 <= token < 1 << 64 for token in tokens):
-            raise ValueError(f"publish: readers={tokens!r} are not all process tokens, 64-bit integers")
-        if not tokens and not keep:
-            raise ValueError(
-                f"publish: readers={readers!r} names no other process and keep is False: nobody would hold it"
-            )
-        return 0, tokens, keep, grant_ns, hashed
+        grant_ns = self._grant_timeout_ns if grant_timeout is DEFAULT else timeout_ns("grant_timeout", grant_timeout)
+        return terms(readers, keep, grant_ns, hash, alone=readers == "all" and not self.peers)
 
     def _owns(self, handle: Handle) -> bool:
         return handle[:3] == self._head
@@ -376,20 +349,27 @@ class Arena:
             raise HandleError(f"{action} {handle!r}: it is of another arena than {self!r}")
 
     def _alias(self, handle: Handle, terms: Terms, digest: int | None, timeout: float) -> Handle:
-        attempt = partial(self._owner.alias, handle.slot, handle.generation, *terms[:4])
+        attempt = partial(self._owner.alias, handle.slot, handle.generation, *terms.native[:4])
         slot, generation, *_ = self._get("publish again", attempt, 0, timeout)
         return handle._replace(slot=slot, generation=generation, given=handle.given if digest is None else digest)
 
-    def _put_together(self, form: arrays.Form, terms: Terms, timeout: float) -> "_native.Published":
-        """Publish what is not in one piece: its bytes are put in order in the block itself."""
+    def _publish(self, form: arrays.Form, terms: Terms, timeout: float) -> "_native.Published":
+        if form.source is not None and terms.hash != "sha256":
+            attempt = partial(self._owner.publish, form.source, *terms.native)
+            return self._get("publish", attempt, form.nbytes, timeout)
+        # What is not in one piece is put in order in the block itself; a hash of another kind is made of the copy.
         block = self._get("publish", partial(self._owner.reserve, form.nbytes), form.nbytes, timeout)
         try:
-            if form.fill is not None:
-                form.fill(block)
-            return self._get("publish", partial(block.seal, *terms), 0, timeout)
+            arrays.write(form, block)
+            return self._seal("publish", block, terms, timeout)
         except BaseException:
             block.abort()
             raise
+
+    def _seal(self, action: str, block: _native.Reservation, terms: Terms, timeout: float) -> "_native.Published":
+        made = content.hash_bytes(block, "sha256") if terms.hash == "sha256" else None
+        published = self._get(action, partial(block.seal, *terms.native), 0, timeout)
+        return published if made is None else (*published[:4], made)
 
     def _publish_one_by_one(self, forms: list[arrays.Form], terms: Terms, timeout: float) -> "list[_native.Published]":
         deadline = time.monotonic() + timeout
@@ -397,11 +377,7 @@ class Arena:
         try:
             for form in forms:
                 left = max(deadline - time.monotonic(), 0.0)
-                if form.source is None:
-                    done.append(self._put_together(form, terms, left))
-                else:
-                    attempt = partial(self._owner.publish, form.source, *terms)
-                    done.append(self._get("publish", attempt, form.nbytes, left))
+                done.append(self._publish(form, terms, left))
         except BaseException:
             for slot, generation, *_ in done:
                 self._owner.withdraw(slot, generation)
@@ -555,12 +531,3 @@ def _create_control(namespace: str, max_bytes: int, max_blocks: int, mode: int) 
     raise ArenaError(
         errno.EAGAIN, f"create arena in namespace {namespace}: swept {_CREATE_ATTEMPTS} times before it was locked"
     )
-
-
-def _timeout_ns(name: str, seconds: float | None) -> int:
-    """Nanoseconds; 0 stands for never."""
-    if seconds is None:
-        return 0
-    if not seconds >= 0:
-        raise ValueError(f"{name}: {seconds!r} is not a number of seconds")
-    return min(max(int(seconds * 1e9), 1), _FOR_EVER) if seconds < 1e9 else 0

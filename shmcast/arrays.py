@@ -159,6 +159,14 @@ def contiguous(form: Form) -> Buffer:
     return target
 
 
+def write(form: Form, target: Buffer) -> None:
+    """Copy the bytes of a form into a buffer of as many; without the GIL."""
+    if form.source is not None:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(form.source, np.uint8))
+    elif form.fill is not None:
+        form.fill(target)
+
+
 # ---- bytes as arrays
 
 

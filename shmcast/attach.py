@@ -4,9 +4,10 @@ import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from . import _native, arrays, names, process, tensors
+from . import _native, arrays, content, names, process, tensors
+from .content import HashName
 from .errors import ArenaError, ArenaGoneError, HandleError, IntegrityError, StaleHandleError
-from .handle import Handle, array_digest, list_digest
+from .handle import Handle
 
 if TYPE_CHECKING:
     import torch
@@ -81,14 +82,13 @@ class Lease(_native.Lease):
         """Hash the shared bytes and compare with the publisher's hash: IntegrityError with both values.
 
         ValueError where the handle has no hash: published with ``hash=False``, or only a part of a block."""
-        expected = self.handle.hash
+        expected, by = self.handle.hash, self.handle.hash_name
         if expected is None:
             raise ValueError(f"verify {self.handle!r}: it was published without a hash, or is a part of a block")
-        data: arrays.Buffer = self
-        found = _native.hash128(data)
+        found = content.hash_bytes(self, by)
         if found != expected:
             raise IntegrityError(
-                f"verify {self.handle!r}: the bytes hash to {found:032x}, {expected:032x} was published"
+                f"verify {self.handle!r}: the bytes hash to {found:032x} ({by}), {expected:032x} was published"
             )
 
     @property
@@ -152,7 +152,7 @@ def attach(handle: "Handle | bytes | bytearray | memoryview", *, verify: bool = 
     IntegrityError."""
     if type(handle) is not Handle:
         handle = Handle.from_bytes(handle)  # type: ignore[arg-type]
-    namespace, arena, host, _, _, _, nbytes, _, slot, generation, segment, offset, _ = handle
+    namespace, arena, host, _, _, _, nbytes, _, slot, generation, segment, offset, _, _ = handle
     member = process.members.get((namespace, arena, host))
     try:
         if member is None:
@@ -268,19 +268,27 @@ def _origin(
 # ---- digest
 
 
-def digest(array: Any) -> int:
+def digest(array: Any, *, hash: HashName = "xxh3") -> int:
     """128 bits that name the content of an ndarray or tensor, or of a list or tuple of such: dtype, shape and values.
 
-    The same for numpy and torch where the dtype has the same name, and however the array has travelled; one pass over
-    the bytes, none for an untouched view of a hashed block. UnsupportedArrayError for anything else."""
+    The same for numpy and torch where the dtype has the same name, however the array has travelled, and in every process
+    (see `content.SEED_VARIABLE`). ``hash``: see `content.HashName`. One pass over the bytes, none for an untouched view of a
+    block that was published with that hash. UnsupportedArrayError for anything else, ValueError for an unknown hash."""
+    name = content.hash_name(hash)
+    if name is None:
+        raise ValueError("digest: hash=False, but a digest is made of a hash")
+    return _digest(array, name)
+
+
+def _digest(array: Any, name: HashName) -> int:
     if isinstance(array, (list, tuple)) and not isinstance(array, Handle):
-        return list_digest([digest(item) for item in array])
+        return content.list_digest([_digest(item, name) for item in array], name)
     origin = lease_of(array)
-    if origin is not None and origin.handle.hash is not None:
-        handle = origin.handle
-        return array_digest(handle.dtype, handle.shape, origin.handle.hash)
+    handle = None if origin is None else origin.handle
+    if handle is not None and handle.hash is not None and handle.hash_name == name:
+        return content.array_digest(handle.dtype, handle.shape, handle.hash, name)
     form = tensors.describe(array)
-    return array_digest(form.dtype, form.shape, _native.hash128(arrays.contiguous(form)))
+    return content.array_digest(form.dtype, form.shape, content.hash_bytes(arrays.contiguous(form), name), name)
 
 
 __all__ = ["ANYBODY", "Lease", "Origin", "Peer", "StaleHandleError", "attach", "digest", "lease_of", "process_token"]

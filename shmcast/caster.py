@@ -38,6 +38,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _native, lockstep
+from .content import Hash
 from .errors import BackpressureError, GroupError, HandleError, MaterializeError, shown
 from .group import Group, Received
 from .intake import Intake, size_of
@@ -100,7 +101,7 @@ class Caster:
         on_full: OnFull = "raise",
         block_timeout: float = 5.0,
         timeout: float | None = None,
-        hash: bool = True,
+        hash: Hash = True,
     ) -> None:
         """All ranks pass the same.
 

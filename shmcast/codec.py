@@ -13,18 +13,20 @@ What `dumps` writes, integers little-endian::
 
 import io
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from struct import Struct
 from struct import error as struct_error
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _native, arrays, plain, tensors
-from .arena import DEFAULT, Arena, Readers
+from .arena import DEFAULT, Arena
 from .attach import ANYBODY, Lease, Origin, Peer, attach, lease_of
+from .content import Hash
 from .errors import ArenaFullError, HandleError, UnsupportedArrayError
 from .handle import Handle
 from .in_place import InPlace, Spot
+from .terms import Readers
 
 MAGIC = b"shmT"
 VERSION = 1
@@ -86,6 +88,7 @@ def dumps(
     readers: Readers = 1,
     min_bytes: int = MIN_BYTES,
     on_full: OnFull = "raise",
+    hash: Hash = True,
     grant_timeout: float | None = DEFAULT,
     timeout: float = 0.0,
 ) -> bytes:
@@ -96,29 +99,41 @@ def dumps(
     without an arena. Without an arena all others stay in the pickle, as do arrays that can not be shared. Tensors arrive
     detached; non-contiguous arrays arrive in C order.
 
-    ``readers``, ``grant_timeout``, ``timeout``: see `Arena.publish`. ``on_full="inline"``: what finds no room in the arena
+    ``readers``, ``hash``, ``grant_timeout``, ``timeout``: see `Arena.publish`. ``on_full="inline"``: what finds no room in the arena
     travels in the bytes. Where this raises, nothing stays published."""
-    readers = readers if isinstance(readers, (int, str)) else tuple(readers)
-    return _encode(tree, arena, readers, False, grant_timeout, timeout, min_bytes, on_full).blob
+    return encode(
+        tree,
+        arena,
+        readers=readers,
+        grant_timeout=grant_timeout,
+        timeout=timeout,
+        min_bytes=min_bytes,
+        on_full=on_full,
+        hash=hash,
+    ).blob
 
 
-def encode(
+def share(
     tree: Any,
-    arena: Arena | None,
+    arena: Arena,
     *,
-    tokens: Sequence[Peer],
-    keep: bool,
-    grant_timeout: float | None,
     min_bytes: int = MIN_BYTES,
     on_full: OnFull = "raise",
+    hash: Hash = True,
     timeout: float = 0.0,
-    in_place: InPlace | None = None,
-) -> Encoded:
-    """`dumps` for readers that are named, with what was promised to them.
+) -> Any:
+    """An equal tree whose large arrays are views of blocks of the arena, which this process holds until the views go.
 
-    ``in_place``: arrays that lie in its blocks travel as they are; the blocks are published on the same terms, which its
-    maker has given it. What the tree does not use is for the caller to end."""
-    return _encode(tree, arena, tuple(tokens), keep, grant_timeout, timeout, min_bytes, on_full, in_place)
+    For what is sent more than once: wherever the views go then, in whatever trees, no bytes are copied any more. ndarrays
+    are read-only. Arguments and errors as for `dumps`."""
+    encoded = encode(
+        tree, arena, readers=0, keep=True, timeout=timeout, min_bytes=min_bytes, on_full=on_full, hash=hash
+    )
+    try:
+        return loads(encoded.blob)
+    finally:
+        for handle in encoded.handles:
+            arena.release(handle)
 
 
 def loads(blob: "bytes | bytearray | memoryview", *, allow_pickle: bool = True) -> Any:
@@ -175,8 +190,16 @@ class _Taken(NamedTuple):
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, stream: io.BytesIO, arena: Arena | None, min_bytes: int, in_place: InPlace | None) -> None:
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        arena: Arena | None,
+        min_bytes: int,
+        in_place: InPlace | None,
+        refuse_devices: bool,
+    ) -> None:
         super().__init__(stream, protocol=5)
+        self._refuse_devices = refuse_devices
         self._arena = arena
         self._min_bytes = min_bytes
         self._in_place = in_place
@@ -221,29 +244,40 @@ class _Pickler(pickle.Pickler):
                     inline = True
                 form = tensors.describe(thing)
         except UnsupportedArrayError:
+            if self._refuse_devices and not inline and tensors.is_elsewhere(thing):
+                raise
             self.unsupported += not inline  # what is inline has been counted as small
             return NotImplemented
         self.taken.append(_Taken(thing, origin, form, inline, spot))
         return _block, (len(self.taken) - 1,)
 
 
-def _encode(
+def encode(
     tree: Any,
     arena: Arena | None,
-    readers: int | str | tuple[Peer, ...],
-    keep: bool,
-    grant_timeout: float | None,
-    timeout: float,
-    min_bytes: int,
-    on_full: OnFull,
+    *,
+    readers: Readers,
+    keep: bool = False,
+    grant_timeout: float | None = DEFAULT,
+    timeout: float = 0.0,
+    min_bytes: int = MIN_BYTES,
+    on_full: OnFull = "raise",
+    hash: Hash = True,
     in_place: InPlace | None = None,
+    refuse_devices: bool = False,
 ) -> Encoded:
+    """`dumps`, with what was promised besides the bytes.
+
+    ``keep``: see `Arena.publish`. ``in_place``: arrays that lie in its blocks travel as they are; the blocks are published on
+    the same terms, which its maker has given it. What the tree does not use is for the caller to end. ``refuse_devices``:
+    UnsupportedArrayError for a large tensor that is not in this host's memory, which torch would move to pickle it."""
     if on_full not in ("raise", "inline"):
         raise ValueError(f"dumps: on_full is 'raise' or 'inline', not {on_full!r}")
+    readers = readers if isinstance(readers, (int, str)) else tuple(readers)
     if arena is not None:
-        terms = arena.terms(readers, keep, grant_timeout, True)
+        terms = arena.terms(readers, keep, grant_timeout, hash)
     stream = io.BytesIO()
-    pickler = _Pickler(stream, arena, min_bytes, in_place)
+    pickler = _Pickler(stream, arena, min_bytes, in_place, refuse_devices)
     pickler.dump(tree)
     # Nothing has been published so far, so a tree that can not be pickled leaves nothing behind.
     encoded = Encoded(arena)

@@ -32,6 +32,7 @@ from .arena import Arena
 from .attach import Lease, Peer
 from .channels import Channel, LoopbackChannel, Rendezvous
 from .codec import Encoded
+from .content import Hash
 from .errors import GroupError, HandleError, PeerLostError
 from .handle import Handle
 from .in_place import InPlace
@@ -197,7 +198,7 @@ class Group:
 
     # ---- for those who build messages of their own: `caster`
 
-    def in_place(self, no_room: Callable[[int], object], hash: bool = True) -> InPlace:
+    def in_place(self, no_room: Callable[[int], object], hash: Hash = True) -> InPlace:
         """On the entry rank: where to make one tree for `prepare`. ``no_room``, ``hash``: see `InPlace`."""
         arena = None if self._memory is None else self._memory.arena
         return InPlace(arena, tokens=self._others, keep=True, grant_timeout=None, hash=hash, no_room=no_room)
@@ -218,7 +219,7 @@ class Group:
             encoded = codec.encode(
                 tree,
                 memory.arena,
-                tokens=self._others,
+                readers=self._others,
                 keep=True,
                 grant_timeout=None,
                 min_bytes=self._min_bytes,

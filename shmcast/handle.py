@@ -2,7 +2,7 @@
 
 All integers are little-endian. ::
 
-    4  magic "shmH"            1  version (1)         1  flags: 1 torch, 2 hash present, 4 digest present
+    4  magic "shmH"            1  version (2)         1  flags: 1 torch, 2 hash present, 4 digest present, 8 hash is SHA-256's
     4  CRC-32 of all the other bytes, in order
     8  host                    8  arena id            8  generation
     8  offset in the segment   8  size of the data    4  slot                 4  segment number
@@ -22,12 +22,14 @@ from struct import Struct
 from struct import error as struct_error
 from typing import Any, NamedTuple
 
-from . import _native, names
+from . import names
+from .content import HashName, array_digest
 from .errors import HandleError
 
 MAGIC = b"shmH"
-VERSION = 1
-_TORCH, _HASHED, _DIGEST = 1, 2, 4
+VERSION = 2
+_TORCH, _HASHED, _DIGEST, _SHA256 = 1, 2, 4, 8
+_FLAGS = _TORCH | _HASHED | _DIGEST | _SHA256
 _MAX_DIMENSIONS = 64
 
 _HEAD = Struct("<4sBB")
@@ -35,7 +37,6 @@ _CHECK = Struct("<I")
 _CHECK_END = _HEAD.size + _CHECK.size
 _FIXED = Struct("<QQQQQIIBHB")
 _MAX_64 = (1 << 63) - 1
-_MAX_128 = (1 << 128) - 1
 
 
 class Handle(NamedTuple):
@@ -59,14 +60,16 @@ class Handle(NamedTuple):
     offset: int
     """Bytes into the data segment."""
     hash: int | None
-    """XXH3-128, seed 0, of the bytes, if they were hashed."""
+    """128 bits of the bytes, if they were hashed: by `hash_name`."""
+    hash_name: HashName = "xxh3"
+    """See `content.HashName`."""
 
     @property
     def digest(self) -> int | None:
         """128 bits that name the content: the publisher's own value, or `array_digest`; None where not hashed."""
         if self.given is not None:
             return self.given
-        return None if self.hash is None else array_digest(self.dtype, self.shape, self.hash)
+        return None if self.hash is None else array_digest(self.dtype, self.shape, self.hash, self.hash_name)
 
     def to_bytes(self) -> bytes:
         """About 100 bytes; see the module."""
@@ -75,6 +78,7 @@ class Handle(NamedTuple):
             (_TORCH if self.kind == "torch" else 0)
             | (_HASHED if self.hash is not None else 0)
             | (_DIGEST if self.given is not None else 0)
+            | (_SHA256 if self.hash is not None and self.hash_name == "sha256" else 0)
         )
         try:
             rest = b"".join(
@@ -125,7 +129,8 @@ class Handle(NamedTuple):
             raise HandleError(f"decode handle: {size} bytes, its fields need {end}")
         shape = tuple([int.from_bytes(raw[at : at + 8], "little") for at in range(shape_at, hash_at, 8)])
         if (
-            flags & ~7
+            flags & ~_FLAGS
+            or (flags & _SHA256 and not flags & _HASHED)
             or dimensions > _MAX_DIMENSIONS
             or not generation
             or not segment
@@ -158,6 +163,7 @@ class Handle(NamedTuple):
                 segment,
                 offset,
                 int.from_bytes(raw[hash_at:given_at], "little") if flags & _HASHED else None,
+                "sha256" if flags & _SHA256 else "xxh3",
             ),
         )
 
@@ -197,26 +203,3 @@ def _learn_namespace(raw: bytes) -> str:
     if len(_namespaces) < 64:
         _namespaces[raw] = namespace
     return namespace
-
-
-def array_digest(dtype: str, shape: tuple[int, ...], content: int) -> int:
-    """128 bits that name an array: its dtype, its shape and the XXH3-128 of its bytes in C order.
-
-    XXH3-128 with seed 0 of ``array``, NUL, the dtype as in a handle, NUL, the lengths of the dimensions in decimal and
-    separated by commas, NUL, and the 16 bytes of the content's hash, most significant first."""
-    text = f"array\0{dtype}\0{','.join(map(str, shape))}\0"
-    return _native.hash128(text.encode() + content.to_bytes(16, "big"))
-
-
-def list_digest(digests: list[int]) -> int:
-    """128 bits that name a sequence of things that have digests: XXH3-128 of ``list``, NUL and theirs, 16 bytes each."""
-    return _native.hash128(b"list\0" + b"".join(digest.to_bytes(16, "big") for digest in digests))
-
-
-def check_digest(digest: int) -> int:
-    """The same number, or ValueError where it does not fit 128 bits."""
-    if isinstance(digest, bool) or not isinstance(digest, int):
-        raise TypeError(f"digest: an int of at most 128 bits, not {type(digest).__name__}")
-    if not 0 <= digest <= _MAX_128:
-        raise ValueError(f"digest: {digest:#x} does not fit 128 bits")
-    return digest

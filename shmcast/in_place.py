@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from . import _native, arrays, tensors
 from .arena import Arena
 from .attach import Peer
+from .content import Hash
 from .errors import ArenaFullError
 from .handle import Handle
 from .reservation import Reservation, form_of
@@ -53,7 +54,7 @@ class InPlace:
         tokens: Sequence[Peer],
         keep: bool,
         grant_timeout: float | None,
-        hash: bool = True,
+        hash: Hash = True,
         min_bytes: int = MIN_BYTES,
         no_room: Callable[[int], object] = lambda nbytes: None,
     ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import lockstep
 from .codec import Encoded
+from .content import Hash
 from .group import LAST_BIT, Group
 from .lockstep import Failure, Record
 from .pool import Pool
@@ -80,7 +81,7 @@ class Intake:
         workers: int,
         max_bytes: int | None,
         tally: Tally,
-        hash: bool = True,
+        hash: Hash = True,
     ) -> None:
         """``workers``: threads; 0: `work` materializes in its caller's thread. ``hash``: of what is made in place."""
         self._group = group

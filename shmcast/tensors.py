@@ -195,6 +195,11 @@ def size_bytes(tensor: Any) -> int:
     return length
 
 
+def is_elsewhere(thing: Any) -> bool:
+    """Whether that is a tensor whose values are not in this host's memory."""
+    return is_tensor(thing) and thing.device.type != "cpu"
+
+
 def is_values_alone(tensor: Any) -> bool:
     """Whether nothing but values would be lost by copying a tensor out of its storage."""
     if tensor.requires_grad or tensor.device.type != "cpu" or tensor.layout is not sys.modules["torch"].strided:

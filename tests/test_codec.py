@@ -235,7 +235,7 @@ def test_encode_for_named_readers(child, arena) -> None:
     encoded = codec.encode(
         [numbers(), other, np.arange(3)],
         arena,
-        tokens=[token],
+        readers=[token],
         keep=True,
         grant_timeout=None,
         min_bytes=1000,
@@ -311,7 +311,7 @@ def test_full_goes_inline_if_asked(arena) -> None:
         assert (array == original).all()
         assert not array.flags.writeable  # it looks the same however it has travelled
     del array, seen
-    encoded = codec.encode(tree, arena, tokens=[], keep=True, grant_timeout=None, on_full="inline")
+    encoded = codec.encode(tree, arena, readers=[], keep=True, grant_timeout=None, on_full="inline")
     assert len(encoded.handles) == 2
     assert encoded.inline_bytes == (3 << 20) + (8 << 20)
     encoded.withdraw()
@@ -319,7 +319,7 @@ def test_full_goes_inline_if_asked(arena) -> None:
 
 def test_a_block_that_is_gone(arena) -> None:
     """Every grant is ended, also of those that come after the one that is gone."""
-    encoded = codec.encode([numbers(), numbers(1), numbers(2)], arena, tokens=[], keep=True, grant_timeout=None)
+    encoded = codec.encode([numbers(), numbers(1), numbers(2)], arena, readers=[], keep=True, grant_timeout=None)
     arena.release(encoded.handles[1])
     arena.publish(np.zeros(1), readers=0, keep=True)
     with pytest.raises(StaleHandleError):
@@ -521,7 +521,7 @@ def test_a_small_part_of_a_large_tensor_does_not_take_it_along(arena) -> None:
         seen = shmcast.loads(blob)
         assert seen["part"].tolist() == [5, 6, 7, 8, 9]
         assert seen["column"].tolist() == list(range(3, 3 + 10 * 1024, 1024))
-    encoded = codec.encode([large[:5]], None, tokens=[], keep=False, grant_timeout=None)
+    encoded = codec.encode([large[:5]], None, readers=[], keep=False, grant_timeout=None)
     assert encoded.inline_bytes == 0
 
 

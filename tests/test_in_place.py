@@ -41,7 +41,7 @@ def new_place(arena: shmcast.Arena | None, **options: Any) -> InPlace:
 
 def encode(tree: Any, place: InPlace, arena: shmcast.Arena, **options: Any) -> codec.Encoded:
     return codec.encode(
-        tree, arena, tokens=(), keep=True, grant_timeout=None, min_bytes=1024, in_place=place, **options
+        tree, arena, readers=(), keep=True, grant_timeout=None, min_bytes=1024, in_place=place, **options
     )
 
 

@@ -17,10 +17,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_native",),
     ("names",),  # what segments are called; creates, opens and unlinks them
     ("gc",),  # what the dead have left, and giving it back, by name
-    ("handle", "arrays", "tensors"),
+    ("content", "handle", "arrays", "tensors"),  # hashes and digests; names of blocks; arrays as bytes
     ("process",),  # what this process has joined and mapped
     ("sweep",),
-    ("attach", "growth", "reservation", "arena", "in_place"),
+    ("attach", "terms", "growth", "reservation", "arena", "in_place"),
     ("plain", "codec"),
     ("channels", "channels.*"),
     ("message", "roster"),  # the bytes of a message; who is there and how far they have come

@@ -49,10 +49,10 @@ ADDRESSES_BYTES = 2 << 30
 
 def _import() -> None:
     # under instrumentation where there is any, so not at the top
-    global shmcast, codec, lockstep, meeting, message, tensors, Handle, hash128
+    global shmcast, codec, lockstep, meeting, message, tensors, Handle, MAGIC, VERSION, hash128
     import shmcast
     from shmcast import codec, hash128, lockstep, meeting, message, tensors
-    from shmcast.handle import Handle
+    from shmcast.handle import MAGIC, VERSION, Handle
 
 
 if atheris is None:
@@ -209,7 +209,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 def _right_handle(data: bytes) -> bytes:
     """The same bytes with magic, version and CRC-32 of a handle."""
-    head, rest = b"shmH\1" + data[5:6].ljust(1, b"\0"), data[10:]
+    head, rest = MAGIC + bytes([VERSION]) + data[5:6].ljust(1, b"\0"), data[10:]
     return head + struct.pack("<I", zlib.crc32(rest, zlib.crc32(head))) + rest
 
 
