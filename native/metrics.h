@@ -80,7 +80,9 @@ typedef struct shmc_histogram shmc_words_TIMES, shmc_words_SIZES;
     X(backpressure_waits, COUNTER, "submissions that waited because a limit was reached [entry]")                     \
     X(backpressure_wait_ns, COUNTER, "ns that these submissions waited [entry]")                                      \
     X(backpressure_shed, COUNTER, "requests ended with an error because a limit was reached [entry]")                 \
-    X(backpressure_raised, COUNTER, "submissions refused with an exception because a limit was reached [entry]")
+    X(backpressure_raised, COUNTER, "submissions refused with an exception because a limit was reached [entry]")      \
+    /* the arena again */                                                                                             \
+    X(aliased, COUNTER, "of what was published: new handles of old bytes, without a copy [owner]")
 /* clang-format on */
 
 /* The block as the table lays it out. */

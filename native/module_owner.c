@@ -326,6 +326,11 @@ static PyObject *owner_withdraw(OwnerObject *self, PyObject *const *arguments, P
     return end_slot(self, arguments, count, shmc_owner_withdraw, "withdraw");
 }
 
+static PyObject *owner_is_live(OwnerObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return end_slot(self, arguments, count, shmc_owner_is_live, "is_live");
+}
+
 static PyObject *owner_reclaim(OwnerObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     int revoke = count > 0 ? PyObject_IsTrue(arguments[0]) : 0;
@@ -527,6 +532,7 @@ static PyMethodDef owner_methods[] = {
     {"release", (PyCFunction)(void (*)(void))owner_release, METH_FASTCALL, "Drop the arena's own hold."},
     {"withdraw", (PyCFunction)(void (*)(void))owner_withdraw, METH_FASTCALL,
      "End every claim that nobody made use of yet."},
+    {"is_live", (PyCFunction)(void (*)(void))owner_is_live, METH_FASTCALL, "Whether anybody has a claim on the block."},
     {"reclaim", (PyCFunction)(void (*)(void))owner_reclaim, METH_FASTCALL,
      "Take back what became free; returns bytes."},
     {"wait_freed", (PyCFunction)owner_wait_freed, METH_O, "Wait until some block may have become free."},

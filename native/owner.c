@@ -381,8 +381,15 @@ enum shmc_status shmc_owner_alias(struct shmc_owner *owner, uint32_t slot, uint6
     status = publish_slot(owner, private->block, &publication, terms, published, detail);
     if (status == SHMC_OK) {
         owner->blocks.extents[owner->slots[published->slot].block].references++;
+        shmc_metric_add(metrics_of(owner), SHMC_METRIC_aliased, 1);
     }
     return status;
+}
+
+bool shmc_owner_is_live(struct shmc_owner *owner, uint32_t slot, uint64_t generation)
+{
+    shmc_owner_reclaim(owner, false);
+    return find_slot(owner, slot, generation) != NULL;
 }
 
 bool shmc_owner_release(struct shmc_owner *owner, uint32_t slot, uint64_t generation)

@@ -86,6 +86,9 @@ enum shmc_status shmc_owner_alias(struct shmc_owner *owner, uint32_t slot, uint6
                                   struct shmc_detail *detail);
 
 /* End the arena's own hold; false where there is none. */
+/* Whether anybody has a claim on the block. */
+bool shmc_owner_is_live(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
+
 bool shmc_owner_release(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
 
 /* End what the owner has promised and nobody has made use of yet, the arena's own hold included; false where the block is

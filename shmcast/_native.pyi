@@ -279,6 +279,9 @@ class Owner:
     def withdraw(self, slot: int, generation: int, /) -> bool:
         """Take back what was never sent: unclaimed grants, anonymous claims, trusteeship and keep."""
 
+    def is_live(self, slot: int, generation: int, /) -> bool:
+        """Whether anybody has a claim on the block; what nobody has one on any more is taken back."""
+
     def reclaim(self, revoke: bool = False, /) -> int:
         """Take back blocks that became free; with ``revoke`` also those past their deadline. Returns bytes taken back."""
 

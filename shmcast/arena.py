@@ -291,6 +291,11 @@ class Arena:
         self._check_own(handle, "release")
         return self._owner.release(handle.slot, handle.generation)
 
+    def is_live(self, handle: Handle) -> bool:
+        """Whether anybody still has a claim on a block: holds it, or was promised it and has not come yet."""
+        self._check_own(handle, "look for")
+        return self._owner.is_live(handle.slot, handle.generation)
+
     def withdraw(self, handle: Handle) -> bool:
         """Take a handle back that was never sent: every claim that nobody has made use of ends, ``keep`` too. False where
         the block is gone."""
