@@ -331,6 +331,26 @@ static PyObject *owner_is_live(OwnerObject *self, PyObject *const *arguments, Py
     return end_slot(self, arguments, count, shmc_owner_is_live, "is_live");
 }
 
+static PyObject *owner_takers(OwnerObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    uint32_t slot;
+    uint64_t generation, tokens[SHMC_PEER_COUNT];
+    if (!check_arguments("takers", count, 2) || !as_u32(arguments[0], &slot) || !as_u64(arguments[1], &generation)) {
+        return NULL;
+    }
+    uint32_t found = shmc_owner_takers(&self->owner, slot, generation, tokens);
+    PyObject *result = PyTuple_New(found);
+    for (uint32_t i = 0; result != NULL && i < found; i++) {
+        PyObject *token = PyLong_FromUnsignedLongLong(tokens[i]);
+        if (token == NULL) {
+            Py_CLEAR(result);
+        } else {
+            PyTuple_SET_ITEM(result, i, token);
+        }
+    }
+    return result;
+}
+
 static PyObject *owner_reclaim(OwnerObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     int revoke = count > 0 ? PyObject_IsTrue(arguments[0]) : 0;
@@ -533,6 +553,7 @@ static PyMethodDef owner_methods[] = {
     {"withdraw", (PyCFunction)(void (*)(void))owner_withdraw, METH_FASTCALL,
      "End every claim that nobody made use of yet."},
     {"is_live", (PyCFunction)(void (*)(void))owner_is_live, METH_FASTCALL, "Whether anybody has a claim on the block."},
+    {"takers", (PyCFunction)(void (*)(void))owner_takers, METH_FASTCALL, "Who has taken one of the n."},
     {"reclaim", (PyCFunction)(void (*)(void))owner_reclaim, METH_FASTCALL,
      "Take back what became free; returns bytes."},
     {"wait_freed", (PyCFunction)owner_wait_freed, METH_O, "Wait until some block may have become free."},

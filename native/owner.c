@@ -392,6 +392,24 @@ bool shmc_owner_is_live(struct shmc_owner *owner, uint32_t slot, uint64_t genera
     return find_slot(owner, slot, generation) != NULL;
 }
 
+uint32_t shmc_owner_takers(struct shmc_owner *owner, uint32_t slot, uint64_t generation, uint64_t *tokens)
+{
+    const struct shmc_control *control = &owner->member->control;
+    uint32_t count = 0;
+    if (find_slot(owner, slot, generation) == NULL) {
+        return 0;
+    }
+    uint64_t took = shmc_seq_load(&control->records[slot].took); /* pairs with take_one */
+    for (unsigned p = 0; p < SHMC_PEER_COUNT; p++) {
+        const struct shmc_peer_record *record = &control->peers[p];
+        /* pairs with the store in shmc_peer_take_over: who has left has taken its mark along */
+        if ((took & SHMC_HOLD(p)) != 0 && shmc_acquire_load(&record->ready) != 0) {
+            tokens[count++] = shmc_relaxed_load(&record->token);
+        }
+    }
+    return count;
+}
+
 bool shmc_owner_release(struct shmc_owner *owner, uint32_t slot, uint64_t generation)
 {
     struct shmc_slot_private *private = find_slot(owner, slot, generation);

@@ -89,6 +89,9 @@ enum shmc_status shmc_owner_alias(struct shmc_owner *owner, uint32_t slot, uint6
 /* Whether anybody has a claim on the block. */
 bool shmc_owner_is_live(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
 
+/* Tokens of those who have taken one of `anonymous`, SHMC_PEER_COUNT at most; 0 where the block is gone. */
+uint32_t shmc_owner_takers(struct shmc_owner *owner, uint32_t slot, uint64_t generation, uint64_t *tokens);
+
 bool shmc_owner_release(struct shmc_owner *owner, uint32_t slot, uint64_t generation);
 
 /* End what the owner has promised and nobody has made use of yet, the arena's own hold included; false where the block is

@@ -32,6 +32,7 @@ from .futures import FutureCaster
 from .group import Group
 from .handle import Handle
 from .reservation import Reservation
+from .stages import point_to_point_pyobj
 from .sweep import SweepReport, sweep
 
 hash128 = _native.hash128
@@ -57,6 +58,7 @@ __all__ = [
     "Outcome",
     "FutureCaster",
     "broadcast_pyobj",
+    "point_to_point_pyobj",
     "ShmcastError",
     "ArenaError",
     "ArenaFullError",

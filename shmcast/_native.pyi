@@ -282,6 +282,10 @@ class Owner:
     def is_live(self, slot: int, generation: int, /) -> bool:
         """Whether anybody has a claim on the block; what nobody has one on any more is taken back."""
 
+    def takers(self, slot: int, generation: int, /) -> tuple[int, ...]:
+        """Tokens of the processes that have taken one of the anonymous claims and are in the arena; of a block that the
+        owner holds."""
+
     def reclaim(self, revoke: bool = False, /) -> int:
         """Take back blocks that became free; with ``revoke`` also those past their deadline. Returns bytes taken back."""
 

@@ -296,6 +296,12 @@ class Arena:
         self._check_own(handle, "look for")
         return self._owner.is_live(handle.slot, handle.generation)
 
+    def takers(self, handle: Handle) -> tuple[Peer, ...]:
+        """Which processes have attached a block that was published for ``readers=n`` and is still kept: the first n that
+        came, as far as they are in the arena. Empty for any other block."""
+        self._check_own(handle, "look for readers of")
+        return self._owner.takers(handle.slot, handle.generation)
+
     def withdraw(self, handle: Handle) -> bool:
         """Take a handle back that was never sent: every claim that nobody has made use of ends, ``keep`` too. False where
         the block is gone."""

@@ -5,11 +5,10 @@ until its process group is destroyed or `close_groups` is called. Where the rank
 moves no host memory, everything is pickled, as the engines do.
 """
 
-import os
 from typing import Any
 
 from .group import Group
-from .sizes import MAX_BYTES_VARIABLE as MAX_BYTES_VARIABLE
+from .own_arena import configured_max_bytes
 
 _groups: dict[tuple[int, int], tuple[Any, Group]] = {}
 """By id of the process group and source. The process group is kept along, so that no other one gets its id."""
@@ -67,9 +66,7 @@ def _group_for(process_group: Any, src: int, entry: int) -> Group:
     if found is not None:
         return found[1]
     _close_destroyed()
-    group = Group(
-        process_group, entry, max_bytes=os.environ.get(MAX_BYTES_VARIABLE) or "2GiB", fallback="object", channel="auto"
-    )
+    group = Group(process_group, entry, max_bytes=configured_max_bytes(), fallback="object", channel="auto")
     _groups[key] = process_group, group
     return group
 

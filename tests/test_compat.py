@@ -15,6 +15,7 @@ import shmcast
 from ranks import Patched, Rank, Ranks
 from shmcast import compat, process
 from shmcast.compat import broadcast_pyobj
+from shmcast.sizes import MAX_BYTES_VARIABLE
 from trees import Item, a_tree, noise, same
 
 pytestmark = pytest.mark.torch
@@ -148,13 +149,13 @@ def test_groups_of_destroyed_process_groups_are_closed(ranks: Ranks) -> None:
 
 
 def sized(here: Rank) -> int:
-    os.environ[compat.MAX_BYTES_VARIABLE] = "20MiB"
+    os.environ[MAX_BYTES_VARIABLE] = "20MiB"
     try:
         broadcast_pyobj([], here.rank, here.group, 0)
         group = next(iter(compat._groups.values()))[1]
         return group._memory.member.max_bytes
     finally:
-        del os.environ[compat.MAX_BYTES_VARIABLE]
+        del os.environ[MAX_BYTES_VARIABLE]
         compat.close_groups()
 
 
