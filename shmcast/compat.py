@@ -22,12 +22,14 @@ def broadcast_pyobj(
     force_cpu_device: bool = True,
     *,
     dist_group: Any = None,
+    max_bytes: int | str | None = None,
 ) -> list[Any]:
     """Broadcast a list of picklable objects from one rank of a process group to its others. Collective.
 
     ``data``: on the source; elsewhere it is ignored and may be None. ``rank``: this process's rank in the default group.
     ``group``: the cpu group, also as ``dist_group``; None: the default group. ``src``: the source's rank in the default
     group, also where ``group`` is a part of it. ``force_cpu_device=False``: by torch alone, over the group's own device.
+    ``max_bytes``: of the source's arena, where this call makes the group; None: as the environment says.
 
     Returns ``data`` itself on the source, [] for None; on the other ranks what was sent, with large arrays as views: ndarrays
     are read-only, tensors copy what they write. Raises as `Group.broadcast` and `Group` do; ValueError where ``rank`` or
@@ -47,8 +49,8 @@ def broadcast_pyobj(
     if not force_cpu_device or not torch_groups.has_cpu(process_group):
         received = torch_groups.broadcast_object(data if is_source else None, process_group, src)
     else:
-        received = _group_for(process_group, src, entry).broadcast(data, local=True)
-    result: list[Any] = received
+        received = group_for(process_group, src, entry, max_bytes).broadcast(data, local=True, nothing=not data) or []
+    result: list[Any] = data if is_source and data is not None else received
     return result
 
 
@@ -60,13 +62,17 @@ def close_groups() -> None:
         group.close()
 
 
-def _group_for(process_group: Any, src: int, entry: int) -> Group:
+def group_for(process_group: Any, src: int, entry: int, max_bytes: int | str | None = None) -> Group:
+    """The group behind a process group and a source, made by the first call, which is collective. ``max_bytes``: of its
+    arena, where it is made; None: as it is configured."""
     key = (id(process_group), src)
     found = _groups.get(key)
     if found is not None:
         return found[1]
     _close_destroyed()
-    group = Group(process_group, entry, max_bytes=configured_max_bytes(), fallback="object", channel="auto")
+    group = Group(
+        process_group, entry, max_bytes=max_bytes or configured_max_bytes(), fallback="object", channel="auto"
+    )
     _groups[key] = process_group, group
     return group
 

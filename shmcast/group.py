@@ -169,25 +169,40 @@ class Group:
 
     # ---- trees
 
-    def broadcast(self, tree: Any = None, *, local: bool = False) -> Any:
+    def broadcast(self, tree: Any = None, *, local: bool = False, nothing: bool = False) -> Any:
         """Send a tree from the entry rank to all ranks; every rank gets it back, made of views of the same memory.
 
         ``tree``: anything that can be pickled; large ndarrays and CPU tensors in it are published, and arrive as read-only
         ndarrays and copy-on-write tensors, which live as long as one keeps them. Views of blocks, of whatever arena,
         travel without a copy. What finds no room in the arena travels in the message (`stats`: ``inline_bytes``). On the
         other ranks ``tree`` is ignored, as it is by ``torch.distributed.broadcast``: an error there would come too late for
-        the ranks that wait. ``local``: on the entry rank, return ``tree`` itself instead of views.
+        the ranks that wait. ``local``: on the entry rank, return ``tree`` itself instead of views. ``nothing``: on the entry rank,
+        send no tree: all ranks get None, and as nobody can fail at it, nobody waits for the others.
 
         If the tree can not be encoded, the entry rank raises what encoding raised and the others GroupError with its
         text. If any rank can not rebuild it, all raise GroupError with the same text (without `consensus`: that rank
         alone). The group stays usable after both. After PeerLostError, GroupTimeoutError and any other GroupError that
         the channel raises it is broken on all ranks, and every later call says so."""
         with self._alone("broadcast"):
-            blob = self._encode(tree) if self.rank == self.entry else None
-            _, (received,) = self._exchange(blob, local)
+            blob = self._encode([] if nothing else [tree]) if self.rank == self.entry else None
+            _, parts = self._exchange(blob, local)
+            if not parts:
+                return None
+            (received,) = parts
             if received.error is not None:
                 raise received.error
             return tree if local and self.rank == self.entry else received.value
+
+    def agree(self, failures: int = 0) -> tuple[int, list[int]]:
+        """A step without a message: every rank says what of something it could not do, and all learn the same.
+
+        ``failures``: up to 64 bits. Returns all of them together, and the ranks that had one. For what a group has taken in by
+        other ways; every rank holds what it has until this returns. Errors break the group, as for `broadcast`."""
+        if not 0 <= failures <= _ALL:
+            raise ValueError(f"agree: failures={failures:#x} does not fit 64 bits")
+        with self._alone("agree"):
+            self._take_in(failures)
+            return self._agree(failures) if self.size > 1 else (failures, [self.rank] if failures else [])
 
     def poll(self) -> bool:
         """On the other ranks: whether a message is there, so that `broadcast` would not wait for one. Does not wait.
@@ -285,6 +300,11 @@ class Group:
         return self._roster.step
 
     @property
+    def broken(self) -> GroupError | None:
+        """Why the group is of no use any more, as far as that is known here."""
+        return self._broken
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -326,9 +346,9 @@ class Group:
 
     # ---- the entry rank
 
-    def _encode(self, tree: Any) -> bytes:
+    def _encode(self, trees: list[Any]) -> bytes:
         try:
-            parts = [self.prepare(tree)]
+            parts = [self.prepare(tree) for tree in trees]
         except PeerLostError as error:
             raise self._break(error) from error
         except BaseException as error:

@@ -26,6 +26,12 @@ def own_arena() -> Arena:
         return _arena
 
 
+def is_own(arena: int) -> Arena | None:
+    """This process's arena, if that is its id."""
+    own = _arena
+    return own if own is not None and own.id == arena and not own.closed else None
+
+
 def close_own_arena() -> None:
     """Close it, if there is one: views stay valid, what was sent and not read is gone. A later use makes another one."""
     global _arena

@@ -42,7 +42,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "posix_ipc": ("names",),
     "inotify_simple": ("cli.watch",),
     "prometheus_client": ("cli.exporter",),
+    "sglang": tuple(f"integrations.sglang.{name}" for name in ("targets", "stubs", "hashing", "ranks")),
 }
+# Above everything: patches an engine, with whatever there is.
+ENGINES = ("integrations", "integrations.*")
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")
 
 
@@ -60,6 +63,8 @@ def row_name(module: str) -> str:
 def below(module: str) -> set[str] | None:
     """Table entries that a module may import from; None for a module that has no place yet."""
     name = row_name(module)
+    if name in ENGINES:
+        return {*(entry for row in LAYERS for entry in row), *TOOLS, *ENGINES}
     if name in TOOLS:
         return {*TOOLS_SIT_ON, *TOOLS[: TOOLS.index(name) + 1]}
     reached: set[str] = set()

@@ -1,0 +1,1 @@
+"""Under the engines: each integration patches one engine, at run time, and takes it back."""

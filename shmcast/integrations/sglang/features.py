@@ -1,0 +1,102 @@
+"""What this process has published for SGLang: a block a feature, however often the feature is sent."""
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+from ... import _native, arrays, tensors
+from ...arena import Arena
+from ...attach import ANYBODY, attach, lease_of
+from ...errors import StaleHandleError, UnsupportedArrayError
+from ...handle import Handle
+from ...own_arena import is_own, own_arena
+
+
+class _Kept(NamedTuple):
+    tensor: "weakref.ref[Any]"
+    handle: Handle
+    arena: "weakref.ref[Arena]"
+
+
+_kept: dict[int, _Kept] = {}
+"""By id of the tensor, which is looked at through the reference: ids are used again."""
+_lock = threading.RLock()
+
+
+def promise(tensor: Any) -> Handle:
+    """The handle of a CPU tensor's values, with the promise that one more process may attach it.
+
+    The first time the tensor is copied and hashed in one pass. As long as it lives its block is kept, and sending it again
+    costs a look at its bytes, lest a tensor that was refilled travels as what it was. A view of a block that is there already
+    is not copied at all. OSError where it can not be shared: SGLang sends it inline then."""
+    origin = lease_of(tensor)
+    if origin is not None:
+        return again(origin.handle)
+    try:
+        arena = own_arena()
+        with _lock:
+            kept = _kept.get(id(tensor))
+            if kept is None or kept.tensor() is not tensor or kept.arena() is not arena or not _holds(kept, tensor):
+                kept = _keep(arena, tensor)
+            return arena.alias(kept.handle)
+    except UnsupportedArrayError as error:
+        raise OSError(str(error)) from error
+    except ValueError as error:  # of the configuration
+        raise OSError(f"make an arena: {error}") from error
+
+
+def again(handle: Handle) -> Handle:
+    """A handle of the same block, with one promise more; the same one where that can not be had, as the block is gone."""
+    try:
+        arena = is_own(handle.arena)
+        if arena is not None:
+            return arena.alias(handle)
+        with attach(handle) as lease:
+            lease.grant_to((ANYBODY,))
+    except (StaleHandleError, OSError, ValueError):
+        pass  # who receives it finds that out, and says it
+    return handle
+
+
+def take_back(handle: Handle) -> None:
+    """End a promise that nobody will make use of."""
+    try:
+        arena = is_own(handle.arena)
+        if arena is not None:
+            arena.withdraw(handle)
+        else:
+            attach(handle).release()
+    except (StaleHandleError, OSError, ValueError):
+        pass  # it has ended already
+
+
+def content_of(tensor: Any) -> int | None:
+    """The digest of a tensor that is kept; None where it is not."""
+    kept = _kept.get(id(tensor))
+    return kept.handle.digest if kept is not None and kept.tensor() is tensor else None
+
+
+def _keep(arena: Arena, tensor: Any) -> _Kept:
+    handle = arena.publish(tensor, readers=0, keep=True)
+    kept = _kept[id(tensor)] = _Kept(weakref.ref(tensor), handle, weakref.ref(arena))
+    weakref.finalize(tensor, _let_go, id(tensor), handle).atexit = False
+    return kept
+
+
+def _holds(kept: _Kept, tensor: Any) -> bool:
+    """Whether the tensor's values are still those that were published."""
+    form, handle = tensors.describe(tensor), kept.handle
+    same = (form.dtype, form.shape) == (handle.dtype, handle.shape)
+    return same and _native.hash128(arrays.contiguous(form)) == handle.hash
+
+
+def _let_go(key: int, handle: Handle) -> None:
+    """The tensor has gone: what was promised outlives it, the rest of its block does not."""
+    with _lock:
+        kept = _kept.get(key)
+        if kept is None or kept.handle != handle:
+            return
+        del _kept[key]
+        arena = kept.arena()
+    if arena is not None and not arena.closed:
+        arena.release(handle)

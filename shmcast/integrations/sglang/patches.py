@@ -1,0 +1,102 @@
+"""Replacing functions of a package that is imported already, and giving them back."""
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ...errors import ShmcastError
+
+_MISSING: Any = object()
+
+
+class Target(NamedTuple):
+    """One attribute of a module or class of the engine."""
+
+    owner: Any
+    name: str
+    replacement: Any
+    parameters: tuple[str, ...] | None = None
+    """What the original takes, by name and in order: who finds another function refuses. None: it is not one."""
+    everywhere: bool = False
+    """Also in modules that have imported the function by name."""
+
+    @property
+    def text(self) -> str:
+        """How it is called in messages."""
+        return f"{getattr(self.owner, '__qualname__', getattr(self.owner, '__name__', self.owner))}.{self.name}"
+
+
+class _Change(NamedTuple):
+    owner: Any
+    name: str
+    before: Any
+
+
+_changes: list[_Change] = []
+
+
+def apply(targets: Callable[[], Sequence[Target]]) -> None:
+    """Put all replacements in place, or none. Nothing where that has been done already. ShmcastError where a target is not
+    what it was when this was written."""
+    if _changes:
+        return
+    wanted = targets()
+    wrong = [problem for target in wanted if (problem := _problem(target))]
+    if wrong:
+        raise ShmcastError(
+            "install under SGLang: it is not the one that this build knows, and goes on as it is: " + "; ".join(wrong)
+        )
+    for target in wanted:
+        original = vars(target.owner).get(target.name, _MISSING)
+        _change(target.owner, target.name, target.replacement)
+        if target.everywhere:
+            for module in _importers(original, target.owner):
+                _change(module, target.name, target.replacement)
+
+
+def take_back() -> None:
+    """Everything as it was."""
+    while _changes:
+        change = _changes.pop()
+        if change.before is _MISSING:
+            delattr(change.owner, change.name)
+        else:
+            setattr(change.owner, change.name, change.before)
+
+
+def applied() -> bool:
+    """Whether something is replaced now."""
+    return bool(_changes)
+
+
+def original(owner: Any, name: str) -> Any:
+    """What stood there before."""
+    for change in _changes:
+        if change.owner is owner and change.name == name:
+            return change.before
+    return vars(owner)[name]
+
+
+def _change(owner: Any, name: str, replacement: Any) -> None:
+    _changes.append(_Change(owner, name, vars(owner).get(name, _MISSING)))
+    setattr(owner, name, replacement)
+
+
+def _importers(function: Any, owner: Any) -> list[types.ModuleType]:
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+    name = function.__name__
+    return [module for module in modules if module is not owner and vars(module).get(name) is function]
+
+
+def _problem(target: Target) -> str:
+    found = vars(target.owner).get(target.name, _MISSING)
+    if target.parameters is None:
+        return ""
+    if found is _MISSING:
+        return f"there is no {target.text}"
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters != target.parameters:
+        return f"{target.text} takes ({', '.join(parameters)}), not ({', '.join(target.parameters)})"
+    return ""

@@ -1,0 +1,157 @@
+"""The methods of SGLang's ``ShmPointerMMData``: what stands for a feature on its way from a tokenizer to the ranks.
+
+A stub of ours has a handle, and attaches it when somebody wants the values: not in a process that hands it on. It carries a
+promise for one process more (see `features`); who hands it on hands the promise on, and who drops it ends it.
+
+::
+
+    tokenizer            init, getstate                   a promise for every state that is given out
+    DP controller        setstate, getstate               the same promise goes on
+    rank 0               setstate, getstate, materialize  } all ranks attach and hold before any of them goes on
+    other ranks          setstate, materialize            } (`ranks.finalize_shm_features`)
+
+A state that has none of ours (the Rust front end makes such) is left to SGLang's own methods.
+"""
+
+from typing import Any
+
+from ...attach import Lease, attach
+from ...handle import Handle
+from . import features, patches
+
+KEY = "shmcast"
+"""In the state: the handle's bytes."""
+
+_HANDLE, _LEASE, _PROMISED = "_shmcast_handle", "_shmcast_lease", "_shmcast_promised"
+"""Attributes of a stub: its handle; a lease, once somebody has wanted the values; whether it has a promise to hand on."""
+
+
+def is_ours(stub: Any) -> bool:
+    """Whether a stub is one that shmcast carries."""
+    return _HANDLE in vars(stub)
+
+
+def init(self: Any, tensor: Any, precomputed_hash: int | None = None) -> None:
+    """``ShmPointerMMData(tensor, precomputed_hash)``. OSError where shared memory is short."""
+    if not tensor.is_cpu:
+        tensor = tensor.cpu()
+    handle = features.promise(tensor)
+    _fill(self, handle, tensor.shape, tensor.dtype, precomputed_hash, promised=True)
+
+
+def getstate(self: Any) -> dict[str, Any]:
+    """The state to send; called any number of times."""
+    if not is_ours(self):
+        state: dict[str, Any] = _original("__getstate__")(self)
+        return state
+    attributes = vars(self)
+    handle = attributes[_HANDLE]
+    if attributes[_PROMISED]:
+        attributes[_PROMISED] = False
+    else:
+        handle = features.again(handle)
+    return {
+        "shm_name": self.shm_name,
+        "shape": self.shape,
+        "dtype": self.dtype,
+        "precomputed_hash": self.precomputed_hash,
+        KEY: handle.to_bytes(),
+    }
+
+
+def setstate(self: Any, state: dict[str, Any]) -> None:
+    """Never raises for a state of ours: what is wrong with it `materialize` says."""
+    if KEY not in state:
+        _original("__setstate__")(self, state)
+        return
+    error = None
+    try:
+        handle: Handle | None = Handle.from_bytes(state[KEY])
+    except Exception as wrong:
+        handle, error = None, f"{type(wrong).__name__}: {wrong}"
+    _fill(self, handle, state["shape"], state["dtype"], state.get("precomputed_hash"), promised=handle is not None)
+    self._materialization_error = error
+
+
+def materialize(self: Any) -> Any:
+    """A tensor of one's own to write to, as often as one likes. RuntimeError where the values can not be had."""
+    if not is_ours(self):
+        return _original("materialize")(self)
+    return _values(self)
+
+
+def close_and_unlink(self: Any) -> None:
+    """This process needs it no more. Idempotent."""
+    if not is_ours(self):
+        _original("close_and_unlink")(self)
+        return
+    attributes = vars(self)
+    attributes[_LEASE] = None
+    if attributes[_PROMISED]:
+        attributes[_PROMISED] = False
+        if attributes[_HANDLE] is not None:
+            features.take_back(attributes[_HANDLE])
+
+
+def delete(self: Any) -> None:
+    """Who drops a stub without having handed it on ends its promise."""
+    if is_ours(self):
+        close_and_unlink(self)
+    elif "_shm_handle" in vars(self):
+        _original("__del__")(self)
+
+
+def _get_tensor(self: Any) -> Any:
+    """The values, for who only looks (SGLang's hash); None where they can not be had."""
+    if not is_ours(self):
+        return vars(self).get("tensor")
+    try:
+        return _values(self)
+    except RuntimeError:
+        return None
+
+
+def _set_tensor(self: Any, value: Any) -> None:
+    vars(self)["tensor"] = value
+
+
+tensor = property(_get_tensor, _set_tensor)
+
+
+def _fill(
+    self: Any, handle: Handle | None, shape: Any, dtype: Any, precomputed_hash: int | None, *, promised: bool
+) -> None:
+    vars(self).update({_HANDLE: handle, _LEASE: None, _PROMISED: promised})
+    self.shape, self.dtype, self.precomputed_hash = shape, dtype, precomputed_hash
+    self.shm_name = "" if handle is None else f"shmcast.{handle.namespace}.{handle.arena:016x}.{handle.generation}"
+    self._shm_handle = None
+    self._materialization_error = None
+
+
+def _values(self: Any) -> Any:
+    if self._materialization_error is None:
+        try:
+            values = _attached(self).tensor()
+            return values.view(self.dtype).reshape(self.shape)
+        except Exception as error:
+            self._materialization_error = f"{type(error).__name__}: {error}"
+    raise RuntimeError(self._materialization_error)
+
+
+def _attached(self: Any) -> Lease:
+    """A lease of its own for each tensor, so that one who writes does not write into another's; one of them stays with the
+    stub, so that the block does."""
+    attributes = vars(self)
+    lease = attach(attributes[_HANDLE])
+    attributes[_LEASE] = attributes[_LEASE] or lease
+    attributes[_PROMISED] = False  # attaching has used it up
+    return lease
+
+
+def _original(name: str) -> Any:
+    from sglang.srt.managers.mm_utils import ShmPointerMMData
+
+    return patches.original(ShmPointerMMData, name)
+
+
+__all__ = ["KEY", "close_and_unlink", "delete", "getstate", "init", "is_ours", "materialize", "setstate", "tensor"]
