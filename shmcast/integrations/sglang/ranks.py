@@ -17,7 +17,8 @@ _log = logging.getLogger(__name__)
 
 def broadcast_pyobj(data: Any, rank: int, dist_group: Any = None, src: int = 0, force_cpu_device: bool = True) -> Any:
     """SGLang's function of that name; see `shmcast.broadcast_pyobj`."""
-    return compat.broadcast_pyobj(data, rank, dist_group, src, force_cpu_device, max_bytes=GROUP_BYTES)
+    with stubs.handed_round():
+        return compat.broadcast_pyobj(data, rank, dist_group, src, force_cpu_device, max_bytes=GROUP_BYTES)
 
 
 def finalize_shm_features(self: Any, recv_reqs: Any) -> None:
@@ -34,13 +35,15 @@ def finalize_shm_features(self: Any, recv_reqs: Any) -> None:
     requests = [req for req in _tokenized(recv_reqs) if mm_utils.has_shm_features([req])]
     if not requests:
         return
-    if not all(_is_ours(req) for req in requests):
+    held = [stub for req in requests for stub in _stubs(req)]  # until all have them: small tensors are copies
+    if not all(stubs.is_ours(stub) for stub in held):
         # Segments of others are unlinked by who opens them, so all must have opened them first.
         patches.original(SchedulerRequestReceiver, "_finalize_shm_features")(self, recv_reqs)
         return
     failed = [not _materialized(req) for req in requests]
     for group in _groups():
         failed = _agreed(group, failed)
+    held.clear()
     error = MMInputsProcessError("Failed to materialize shared-memory multimodal features on a scheduler rank.")
     for req, has_failed in zip(requests, failed, strict=True):
         if has_failed:
@@ -93,10 +96,12 @@ def _tokenized(recv_reqs: Sequence[Any]) -> Iterator[Any]:
             yield from req.batch
 
 
-def _is_ours(req: Any) -> bool:
+def _stubs(req: Any) -> list[Any]:
+    from sglang.srt.managers.mm_utils import ShmPointerMMData
+
     values = [value for item in req.mm_inputs.mm_items for value in (item.feature, item.precomputed_embeddings)]
     flat = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
-    return all(stubs.is_ours(part) for part in flat if hasattr(part, "close_and_unlink"))
+    return [part for part in flat if isinstance(part, ShmPointerMMData)]
 
 
 def _materialized(req: Any) -> bool:

@@ -7,12 +7,15 @@ promise for one process more (see `features`); who hands it on hands the promise
 
     tokenizer            init, getstate                   a promise for every state that is given out
     DP controller        setstate, getstate               the same promise goes on
-    rank 0               setstate, getstate, materialize  } all ranks attach and hold before any of them goes on
-    other ranks          setstate, materialize            } (`ranks.finalize_shm_features`)
+    rank 0               setstate, getstate, materialize  } one promise for all, `handed_round`: every rank attaches and holds
+    other ranks          setstate, materialize            } before any goes on (`ranks.finalize_shm_features`)
 
 A state that has none of ours (the Rust front end makes such) is left to SGLang's own methods.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ...attach import Lease, attach
@@ -24,6 +27,19 @@ KEY = "shmcast"
 
 _HANDLE, _LEASE, _PROMISED = "_shmcast_handle", "_shmcast_lease", "_shmcast_promised"
 """Attributes of a stub: its handle; a lease, once somebody has wanted the values; whether it has a promise to hand on."""
+
+
+_round = threading.local()
+
+
+@contextmanager
+def handed_round() -> Iterator[None]:
+    """States that are made meanwhile go to processes that all keep what they have until each has it: they share a promise."""
+    _round.depth = getattr(_round, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _round.depth -= 1
 
 
 def is_ours(stub: Any) -> bool:
@@ -46,16 +62,17 @@ def getstate(self: Any) -> dict[str, Any]:
         return state
     attributes = vars(self)
     handle = attributes[_HANDLE]
-    if attributes[_PROMISED]:
-        attributes[_PROMISED] = False
-    else:
-        handle = features.again(handle)
+    if handle is not None and not getattr(_round, "depth", 0):
+        if attributes[_PROMISED]:
+            attributes[_PROMISED] = False
+        else:
+            handle = features.again(handle)
     return {
         "shm_name": self.shm_name,
         "shape": self.shape,
         "dtype": self.dtype,
         "precomputed_hash": self.precomputed_hash,
-        KEY: handle.to_bytes(),
+        KEY: b"" if handle is None else handle.to_bytes(),
     }
 
 
