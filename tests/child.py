@@ -208,6 +208,7 @@ def _main(parent_pid: int, read_fd: int, write_fd: int, call: str) -> None:
     os.set_inheritable(write_fd, False)
     sys.modules["child"] = sys.modules["__main__"]  # one LinkClosedError, also for a test module that imports it
     path, name, args = ast.literal_eval(call)
+    sys.path.append(str(Path(path).parent))  # what the module imports from its own folder
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

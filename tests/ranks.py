@@ -36,6 +36,10 @@ import shmcast
 from child import Child, ChildFailedError, Link, LinkClosedError
 
 
+IDLE_S = 3600.0
+"""How long a rank waits for something to do: the test process ends it before."""
+
+
 @dataclasses.dataclass
 class Rank:
     """What a function that runs on a rank knows."""
@@ -108,7 +112,7 @@ def serve(parent: Link, rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     while True:
-        path, name, namespace, chosen, args = parent.receive()
+        path, name, namespace, chosen, args = parent.receive(timeout=IDLE_S)
         os.environ["SHMCAST_NAMESPACE"] = namespace
         group = dist.new_group(sorted(chosen), backend="gloo")
         result: tuple[str, Any] = ("done", None)
@@ -130,6 +134,7 @@ def serve(parent: Link, rank: int, size: int, store: str) -> None:
 def _module(path: str) -> Any:
     name = Path(path).stem
     if name not in sys.modules:
+        sys.path.append(str(Path(path).parent))  # what the module imports from its own folder
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from ... import tensors
 from ...attach import digest
+from ...errors import UnsupportedArrayError
 from . import features, patches
 
 HashName = Literal["sha256", "xxh3", "off"]
@@ -52,7 +53,10 @@ def _hash(value: Any) -> int | None:
     if envs.SGLANG_MM_SKIP_COMPUTE_HASH.get():
         return None  # a random one, which each rank makes for itself
     parts = value if isinstance(value, (list, tuple)) else [value]
-    digests = tuple([_digest(part) for part in parts])
+    try:
+        digests = tuple([_digest(part) for part in parts])
+    except UnsupportedArrayError:
+        return None  # sparse, quantized: for SGLang to do as it can
     if _chosen == "xxh3":
         return (digests[0] if len(parts) == 1 else digest(list(parts))) & _MASK_64
     found = _known.get(digests)

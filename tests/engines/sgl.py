@@ -71,7 +71,9 @@ def context(**parallel: Any) -> Iterator[None]:
     }
     known = runtime_context._CONTEXT.config_bag
     with ExitStack() as stack:
-        stack.enter_context(patched(type(runtime_context._CONTEXT), "config_bag", lambda self, name: bags.get(name) or known(name)))
+        stack.enter_context(
+            patched(type(runtime_context._CONTEXT), "config_bag", lambda self, name: bags.get(name) or known(name))
+        )
         stack.enter_context(patched(mm_utils, "_is_default_tensor_transport", False))
         stack.enter_context(runtime_context.get_parallel().override(**parallel))
         yield
