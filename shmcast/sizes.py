@@ -4,9 +4,6 @@ import re
 from fractions import Fraction
 
 MAX_BYTES_VARIABLE = "SHMCAST_MAX_BYTES"
-"""Environment variable: size of the arena of each group that `broadcast_pyobj` makes; "2GiB" where it is not set."""
-
-MAX_BYTES_VARIABLE = "SHMCAST_MAX_BYTES"
 """Environment variable: size of arenas that are made without anybody asking for one; "2GiB" where it is not set."""
 
 _UNITS = {
