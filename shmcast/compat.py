@@ -22,14 +22,12 @@ def broadcast_pyobj(
     force_cpu_device: bool = True,
     *,
     dist_group: Any = None,
-    max_bytes: int | str | None = None,
 ) -> list[Any]:
     """Broadcast a list of picklable objects from one rank of a process group to its others. Collective.
 
     ``data``: on the source; elsewhere it is ignored and may be None. ``rank``: this process's rank in the default group.
     ``group``: the cpu group, also as ``dist_group``; None: the default group. ``src``: the source's rank in the default
     group, also where ``group`` is a part of it. ``force_cpu_device=False``: by torch alone, over the group's own device.
-    ``max_bytes``: of the source's arena, where this call makes the group; None: as the environment says.
 
     Returns ``data`` itself on the source, [] for None; on the other ranks what was sent, with large arrays as views: ndarrays
     are read-only, tensors copy what they write. Raises as `Group.broadcast` and `Group` do; ValueError where ``rank`` or
@@ -49,9 +47,19 @@ def broadcast_pyobj(
     if not force_cpu_device or not torch_groups.has_cpu(process_group):
         received = torch_groups.broadcast_object(data if is_source else None, process_group, src)
     else:
-        received = group_for(process_group, src, entry, max_bytes).broadcast(data, local=True, nothing=not data) or []
+        received = group_for(process_group, src, entry).broadcast(data, local=True, nothing=not data) or []
     result: list[Any] = data if is_source and data is not None else received
     return result
+
+
+def size_group(group: Any, src: int, max_bytes: int | str) -> None:
+    """Make the group that `broadcast_pyobj` would make, with a source's arena of that size; nothing where it is there already
+    or none is needed. Collective."""
+    from .channels import group as torch_groups
+
+    process_group = torch_groups.resolve(group)
+    if torch_groups.has_cpu(process_group):
+        group_for(process_group, src, torch_groups.rank_in(process_group, src), max_bytes)
 
 
 def close_groups() -> None:

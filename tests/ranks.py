@@ -35,7 +35,6 @@ from typing import Any
 import shmcast
 from child import Child, ChildFailedError, Link, LinkClosedError
 
-
 IDLE_S = 3600.0
 """How long a rank waits for something to do: the test process ends it before."""
 

@@ -17,8 +17,10 @@ _log = logging.getLogger(__name__)
 
 def broadcast_pyobj(data: Any, rank: int, dist_group: Any = None, src: int = 0, force_cpu_device: bool = True) -> Any:
     """SGLang's function of that name; see `shmcast.broadcast_pyobj`."""
+    if force_cpu_device:
+        compat.size_group(dist_group, src, GROUP_BYTES)
     with stubs.handed_round():
-        return compat.broadcast_pyobj(data, rank, dist_group, src, force_cpu_device, max_bytes=GROUP_BYTES)
+        return compat.broadcast_pyobj(data, rank, dist_group, src, force_cpu_device)
 
 
 def finalize_shm_features(self: Any, recv_reqs: Any) -> None:
