@@ -2,6 +2,7 @@
 # make check   linters, types, formats, builds with -Werror                   make format  what check would complain of
 # make bench-async   the same on a stream of requests that arrive faster than they can be served
 # make bench-gc   1,000 dead arenas swept at once, how soon a death is noticed, what watching costs
+# make test-sglang, make bench-sglang   against SGLang's own classes, in ./.venv-sglang (some 3 GB)
 # make soak   processes killed at random, under load; SOAK_SECONDS=60
 # make sanitize   the C core and its tests under sanitizers               make fuzz   FUZZ_SECONDS=60 of each harness
 #
@@ -18,6 +19,7 @@ BUILD_TOOLS = "pip>=23.1" "scikit-build-core>=0.11" "cmake>=3.20" ninja setuptoo
 
 VENV = .venv
 CORE = .venv-core
+SGLANG = .venv-sglang
 PIP = bin/python -m pip --disable-pip-version-check --no-input
 PY = $(VENV)/bin/python
 
@@ -26,7 +28,7 @@ C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch] tests/native/*.c tests/fuzz/*
 # The directory too: a file that is added or removed changes it. Python files are used from the tree as they are.
 BUILD_INPUTS = CMakeLists.txt pyproject.toml native $(SOURCES)
 
-.PHONY: help bench bench-async bench-core bench-gc test test-core sanitize fuzz soak check format clean distclean
+.PHONY: help bench bench-async bench-core bench-gc bench-sglang test test-core test-sglang sanitize fuzz soak check format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,6 +56,14 @@ test: $(VENV)/.installed
 # Everything but what is specific to torch and zmq, where neither is installed.
 test-core: $(CORE)/.installed
 	SHMCAST_TEST_CORE=1 $(CORE)/bin/python -m pytest $(ARGS)
+
+# Against the engine itself, on the CPU: its packages are many, and it wants a torch of its own, so it has its own place.
+test-sglang: $(SGLANG)/.installed
+	@if test -s $(SGLANG)/.installed; then cat $(SGLANG)/.installed; else $(SGLANG)/bin/python -m pytest tests/engines $(ARGS); fi
+
+bench-sglang: $(SGLANG)/.installed
+	@if test -s $(SGLANG)/.installed; then cat $(SGLANG)/.installed; else mkdir -p build && \
+	    $(SGLANG)/bin/python benchmarks/sglang.py --json build/bench-sglang.json --plot build/bench-sglang.svg $(ARGS); fi
 
 # Random kills under load; SOAK_SECONDS=3600 by hand, ARGS="--seed 7" to repeat a run.
 SOAK_SECONDS ?= 60
@@ -110,7 +120,7 @@ $(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
 	@if test $(VENV)/.dependencies -nt pyproject.toml; then \
 	    $(VENV)/$(PIP) $(INSTALL) --quiet --no-deps --editable .; \
 	else \
-	    $(find_torch) \
+	    $(call find_torch,$(VENV)) \
 	    $(VENV)/$(PIP) $(INSTALL) $$index torch==$(TORCH_VERSION) --editable '.[torch,zmq,bench,test]' && touch $(VENV)/.dependencies; \
 	fi
 	@touch $@
@@ -124,6 +134,28 @@ $(VENV)/.checkers: $(VENV)/.installed
 	@test $@ -nt pyproject.toml || $(VENV)/$(PIP) $(INSTALL) --editable '.[check]'
 	@touch $@
 
+# What SGLang needs to be imported without a GPU, in one call, so that nothing chooses another torch; then itself, whose own
+# list would bring the GPU's libraries. Where it can not be had the stamp says why, and what asks for it says so and ends.
+SGLANG_VERSION = 0.5.23
+SGLANG_NEEDS = torchvision triton transformers numpy orjson psutil pybase64 requests packaging pillow starlette msgspec pydantic \
+    pyzmq tqdm ipython aiohttp dill apache-tvm-ffi==0.1.11 sentencepiece compressed-tensors gguf openai partial-json-parser \
+    setproctitle fastapi uvloop einops uvicorn matplotlib
+
+$(SGLANG)/.dependencies: $(SGLANG)/.created
+	@if ! $(SGLANG)/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	    echo "SGLang $(SGLANG_VERSION) is left out: it is for Python 3.11, '$(PYTHON)' is another; say make PYTHON=..." >$@; \
+	else \
+	    pip='$(SGLANG)/$(PIP)'; $(call find_torch,$(SGLANG)) \
+	    { $$pip install $$index torch==$(TORCH_VERSION) $(SGLANG_NEEDS) && \
+	      $$pip install --no-deps sglang==$(SGLANG_VERSION) && : >$@; } || \
+	    echo "SGLang $(SGLANG_VERSION) is left out: it, or what it needs, can not be installed here; see above (to try again: rm -r $(SGLANG))" >$@; \
+	fi
+
+$(SGLANG)/.installed: $(SGLANG)/.dependencies $(BUILD_INPUTS)
+	@mkdir -p build
+	@test -s $< || $(SGLANG)/$(PIP) $(INSTALL) --quiet --editable '.[zmq,test]'
+	@cp $< $@
+
 $(CORE)/.fuzzers: $(CORE)/.installed
 	@test $@ -nt pyproject.toml || $(CORE)/$(PIP) $(INSTALL) --quiet --editable '.[fuzz]' || \
 	    echo "set up shmcast: there is no atheris for this Python; the decoders get changed inputs of the corpus" >&2
@@ -134,10 +166,10 @@ $(CORE)/.fuzzers: $(CORE)/.installed
 FIND_TORCH = index versions torch $(1) 2>/dev/null | grep -qF '$(TORCH_VERSION)+cpu'
 define find_torch
 index=; \
-if $(VENV)/$(PIP) show --quiet torch 2>/dev/null; then :; \
-elif $(VENV)/$(PIP) $(call FIND_TORCH); then :; \
+if $(1)/$(PIP) show --quiet torch 2>/dev/null; then :; \
+elif $(1)/$(PIP) $(call FIND_TORCH); then :; \
 elif test -z "$(TORCH_INDEX)"; then :; \
-elif PIP_CONFIG_FILE=/dev/null $(VENV)/$(PIP) --isolated --retries 0 --timeout 10 \
+elif PIP_CONFIG_FILE=/dev/null $(1)/$(PIP) --isolated --retries 0 --timeout 10 \
     $(call FIND_TORCH,--index-url $(TORCH_INDEX)); then index="--extra-index-url $(TORCH_INDEX)"; \
 else echo "set up shmcast: no CPU build of torch at '$(TORCH_INDEX)'; taking the one of your package index" >&2; fi;
 endef
@@ -145,7 +177,7 @@ endef
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
-	rm -f $(VENV)/.installed $(CORE)/.installed
+	rm -f $(VENV)/.installed $(CORE)/.installed $(SGLANG)/.installed
 
 distclean: clean
-	rm -rf $(VENV) $(CORE)
+	rm -rf $(VENV) $(CORE) $(SGLANG)

@@ -18,7 +18,7 @@ def reclaim() -> list[str]:
     except OSError as error:
         _log.info("shmcast: leftovers of SGLang can not be looked for: %s", error)
         return []
-    removed = [one for one in found if foreign.remove(one)]
+    removed = [one for one in found if _is_removed(one)]
     if found:
         _log.info(
             "shmcast: %d of %d leftover segments of SGLang removed, %d bytes; see shmcast-gc --foreign for the others",
@@ -27,3 +27,11 @@ def reclaim() -> list[str]:
             sum(one.nbytes for one in removed),
         )
     return [one.name for one in removed]
+
+
+def _is_removed(one: foreign.Leftover) -> bool:
+    try:
+        return foreign.remove(one)
+    except OSError as error:
+        _log.info("shmcast: %s stays: %s", one.name, error)
+        return False
