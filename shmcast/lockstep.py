@@ -26,7 +26,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from . import _native
-from .errors import HandleError
+from .errors import HandleError, MaterializeError
 
 MAGIC = b"shmL"
 VERSION = 1
@@ -94,7 +94,10 @@ def _name(rid: object) -> str:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """An exception with its traceback, whatever its own ``__str__`` does."""
+    """An exception with its traceback, whatever its own ``__str__`` does. A MaterializeError is one that has been told of
+    before, by another process: what it says of itself stays."""
+    if isinstance(error, MaterializeError) and error.kind:
+        return Failure(error.kind, _short(error.text), error.traceback[-_MAX_TRACE_CHARS:])
     try:
         text = str(error)
         trace = "".join(traceback.format_exception(error))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmcast import lockstep
-from shmcast.errors import HandleError
+from shmcast.errors import HandleError, MaterializeError
 from shmcast.lockstep import Failure, Head, Record
 
 FAILURE = Failure("ValueError", "no such färbe \N{CAT FACE}", "Traceback (most recent call last):\n  ...")
@@ -135,6 +135,12 @@ def test_an_exception_as_text() -> None:
     assert (failure.kind, failure.text) == ("KeyError", "'x'")
     assert failure.traceback.startswith("Traceback")
     assert "raise error" in failure.traceback
+
+
+def test_a_failure_of_another_process_is_told_as_it_was_there() -> None:
+    first = failure_of(KeyError("x"))
+    assert failure_of(MaterializeError.of("r1", *first)) == first
+    assert failure_of(MaterializeError("made by hand")).kind == "MaterializeError"
 
 
 def test_an_exception_without_a_text() -> None:
