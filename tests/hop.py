@@ -338,7 +338,7 @@ def acquaint(ranks: Sequence[Worker], *tokenizers: Worker, introduced: bool = Fa
         if not introduced:
             tokenizer.ask("introduce")
         assert alike(ranks, "take", 1) == {"hello": True}
-        together(ranks, "drop")
+        together(ranks, "drop", "hello")
         assert tokenizer.ask("wait_for_all") == 0
         tokenizer.ask("begin_count")
     together(ranks, "begin_count")
