@@ -3,6 +3,9 @@ others hold stays right, and they go on; with a new group where a rank has died.
 
 from __future__ import annotations
 
+import collections
+import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +18,7 @@ pytestmark = [pytest.mark.zmq, pytest.mark.torch]
 import shmcast  # noqa: E402
 from conftest import segments_of  # noqa: E402
 from hop import Crew, Forks, Raised, Scheduler, Tokenizer, Worker, _joined, acquaint, alike, ready, together  # noqa: E402
+from hop_casting import Casting, Delivering, is_right  # noqa: E402
 
 SOON_S = 0.05
 """A ``grant_timeout``. What is promised for longer than that is taken back where room is needed, and nowhere else."""
@@ -233,3 +237,210 @@ def test_a_rank_is_killed(crew: Crew, namespace: str, seed: int, victim: int) ->
         assert ranks[0].ask("counts")["slots"] == 0
         assert shmcast.sweep().arenas == 0
         assert len({name.split(".")[2] for name in segments_of(namespace)}) == 3  # one a tokenizer, and the new group's
+
+
+# ---- all of it, at random
+
+
+REQUESTS = 1000
+EACH_ROUND = 8
+"""Requests of a tokenizer."""
+VICTIMS = ("tokenizer", "rank 0", "nobody", "tokenizer", "other rank", "nobody", "nobody", "nobody")
+"""In each so many rounds, in an order of their own."""
+
+
+class Restless(Delivering):
+    """A tokenizer that does much at once: does what it is told with each of many requests."""
+
+    def work(self, plan: list[tuple[str, int, str, int]]) -> None:
+        """``plan``: ``(rid, seed, what becomes of it, how many samples)``. What was sent the last time has ended."""
+        self.shared.clear()
+        for rid, seed, how, copies in plan:
+            if how == "garbage":
+                self.raw(rid.encode())
+            elif how in ("good", "dropped"):
+                self.share(rid, seed)
+                self.samples(rid, copies if how == "good" else 0)
+            else:
+                self.deliver(rid, seed, how)
+
+
+class Busy(Survivor, Casting):
+    """A rank in the loop of an engine: rank 0 takes in what has come, drops some of it, aborts some that is under way."""
+
+    def join(self) -> None:
+        self.wrong: list[str] = getattr(self, "wrong", [])
+        super().join("thread")
+
+    def iterate(self, count: int, seed: int | None = None) -> dict[str, Any]:
+        """So many times: a broadcast of what is new, and a step. ``seed``: of what is dropped and aborted; None: nothing is.
+        ``ends``: what has become of requests, in the order in which it did; ``errors``, ``dropped``: on rank 0, of messages."""
+        rng = None if seed is None else random.Random(seed)
+        said: dict[str, Any] = {"ends": [], "errors": [], "dropped": 0}
+        try:
+            for _ in range(count):
+                found, aborted = self._hear(rng, said) if self.here.rank == 0 else ([], [])
+                new, aborted = self.group.broadcast(([(each["rid"], each["seed"]) for each in found], aborted))
+                self.seeds = getattr(self, "seeds", {}) | dict(new)
+                for number, (rid, _) in enumerate(new):
+                    self.caster.submit(rid, found[number]["features"] if self.here.rank == 0 else None)
+                del found
+                self.cancel(*aborted)
+                said["ends"] += self.step(0.001).items()
+                self._let_go(rng)
+        except shmcast.GroupError:
+            said["ends"] += self._close_caster()
+        return said
+
+    def _hear(self, rng: random.Random | None, said: dict[str, Any]) -> tuple[list[Any], list[str]]:
+        from shmcast.channels import zmq
+
+        found = []
+        while len(found) < EACH_ROUND and self.socket.poll(0):
+            try:
+                message = zmq.recv(self.socket)
+            except shmcast.ShmcastError as error:
+                said["errors"].append(type(error).__name__)
+                continue
+            if rng is not None and rng.random() < 0.05:
+                said["dropped"] += 1
+            else:
+                found.append(message)
+        names = [*self.caster.pending, *[message["rid"] for message in found]]
+        return found, [name for name in names if rng is not None and rng.random() < 0.05]
+
+    def _let_go(self, rng: random.Random | None) -> None:
+        """Of some that are held, which have to be right to the last."""
+        for rid in [rid for rid in self.held if rng is None or rng.random() < 0.3]:
+            if not is_right(self.held.pop(rid)):
+                self.wrong.append(rid)
+
+    def _close_caster(self) -> list[tuple[str, Any]]:
+        ends = self._ends(self.caster.close())
+        lost = {rid for rid, end in ends.items() if isinstance(end, tuple) and end[0] != "MaterializeError"}
+        return [(rid, "lost" if rid in lost else end) for rid, end in ends.items()]  # each rank has a text of its own
+
+    def rejoin(self, store: str) -> list[tuple[str, Any]]:
+        """What has become of what was pending."""
+        ends = self._close_caster()
+        super().rejoin(store)
+        return ends
+
+    def all_right(self) -> list[str]:
+        """Drop everything; what was not right."""
+        self._let_go(None)
+        return self.wrong
+
+
+class World:
+    """The processes of the test, and what has become of its requests."""
+
+    def __init__(self, crew: Crew, rng: random.Random) -> None:
+        self.crew, self.rng = crew, rng
+        self.address = crew.address()
+        self.ranks = crew.ranks(4, Busy, self.address)
+        self.tokenizers = [self._tokenizer() for _ in range(2)]
+        ready(*self.ranks, *self.tokenizers)
+        self.requests = 0
+        self.ends: collections.Counter[str] = collections.Counter()
+        self.killed: collections.Counter[str] = collections.Counter()
+        self.round_s = 0.05
+
+    def round(self, victim: str) -> None:
+        """Requests, and while they are under way a death."""
+        rng = self.rng
+        for tokenizer in self.tokenizers:
+            tokenizer.tell("work", [self._request() for _ in range(EACH_ROUND)])
+        self._tell_ranks(rng.randrange(4, 12), rng.randrange(1 << 30))
+        began = time.monotonic()
+        died = None if victim == "nobody" else self._kill(victim, rng.random() * self.round_s)
+        self._hear_ranks()
+        self.round_s = (self.round_s + time.monotonic() - began) / 2
+        for tokenizer in self.tokenizers:
+            if tokenizer is not died:
+                assert tokenizer.receive() is None
+        if rng.random() < 0.5:
+            shmcast.sweep()
+        if died in self.tokenizers:
+            self.tokenizers[self.tokenizers.index(died)] = new = self._tokenizer()
+            ready(new)
+        elif died is not None:
+            self._renew(self.ranks.index(died))
+
+    def settle(self) -> None:
+        """Until all that was sent before has come to its end."""
+        last = {f"last of {which}" for which in range(len(self.tokenizers))}
+        for rid, tokenizer in zip(sorted(last), self.tokenizers, strict=True):
+            assert tokenizer.ask("work", [(rid, 1, "raises", 1)]) is None
+        while last:
+            self._tell_ranks(4, None)
+            last -= {rid for rid, _ in self._hear_ranks()}
+
+    def _tokenizer(self) -> Worker:
+        return self.crew.start(Restless, self.address, "32MiB", 0.5)
+
+    def _request(self) -> tuple[str, int, str, int]:
+        how = self.rng.choices(("good", "raises", "dropped", "garbage"), (16, 2, 2, 1))[0]
+        copies = self.rng.choice((1, 1, 1, 3)) if how == "good" else 1
+        self.requests += copies
+        return f"r{self.requests}", self.rng.randrange(1 << 30), how, copies
+
+    def _kill(self, victim: str, after_s: float) -> Worker:
+        if victim == "tokenizer":
+            died = self.rng.choice(self.tokenizers)
+        else:
+            died = self.ranks[0 if victim == "rank 0" else self.rng.randrange(1, len(self.ranks))]
+        time.sleep(after_s)  # nobody waits for anything by that: it is the random moment
+        died.kill()
+        self.killed[victim] += 1
+        return died
+
+    def _tell_ranks(self, count: int, seed: int | None) -> None:
+        for rank in self.ranks:
+            rank.tell("iterate", count, seed)
+
+    def _hear_ranks(self) -> list[tuple[str, Any]]:
+        """What the ranks that live say, which is the same."""
+        said = [rank.receive() for rank in self.ranks if rank.alive]
+        for each in said:
+            self.ends.update(each["errors"])
+            self.ends["dropped by rank 0"] += each["dropped"]
+        return self._count([each["ends"] for each in said])
+
+    def _count(self, ends: list[list[tuple[str, Any]]]) -> list[tuple[str, Any]]:
+        assert all(each == ends[0] for each in ends), ends
+        for _, end in ends[0]:
+            self.ends[end[0] if isinstance(end, tuple) else str(end)] += 1
+        return ends[0]
+
+    def _renew(self, dead: int) -> None:
+        store = self.crew.path("store")
+        others = [rank for rank in self.ranks if rank.alive]
+        self.ranks[dead] = self.crew._start(Busy, (store, dead, len(self.ranks)), (self.address,))
+        self._count(together(others, "rejoin", store))
+        ready(self.ranks[dead])
+
+
+@pytest.mark.watchdog(400)
+def test_a_thousand_requests(crew: Crew, namespace: str, seed: int) -> None:
+    """Dropped, aborted and damaged, and processes killed, at random moments: the ranks that live have the same outcomes in
+    the same order, what they hold is right, and nothing is left."""
+    rng = random.Random(seed)
+    world = World(crew, rng)
+    while world.requests < REQUESTS:
+        for victim in rng.sample(VICTIMS, len(VICTIMS)):
+            world.round(victim)
+    world.settle()
+    assert together(world.ranks, "all_right") == [[]] * 4
+    for tokenizer in world.tokenizers:
+        assert tokenizer.ask("work", []) is None
+        assert tokenizer.ask("wait_for_all") == 0
+    assert world.ranks[0].ask("counts")["slots"] == 0
+    shmcast.sweep()
+    assert len({name.split(".")[2] for name in segments_of(namespace)}) == 3  # of those that live
+    print(f"{world.requests} requests: {dict(world.ends)}; killed: {dict(world.killed)}")
+    assert world.ends["True"] > REQUESTS / 2
+    assert world.ends["False"] == 0
+    for end in ("cancelled", "MaterializeError", "lost", "dropped by rank 0", "HandleError"):
+        assert world.ends[end] > 0, world.ends
+    assert min(world.killed.values()) > 2 and len(world.killed) == 3
