@@ -77,13 +77,19 @@ static enum shmc_status usable(const struct shmc_owner *owner)
 enum shmc_status shmc_owner_prepare_segment(int fd, uint64_t size_bytes, uint8_t **base)
 {
     void *mapped;
-    enum shmc_status status = shmc_segment_reserve(fd, size_bytes);
-    if (status == SHMC_OK) {
-        status = shmc_segment_map(fd, size_bytes, SHMC_MAP_WRITE, &mapped);
+    enum shmc_status status = shmc_segment_map(fd, size_bytes, SHMC_MAP_WRITE, &mapped);
+    if (status != SHMC_OK) {
+        return status;
     }
+    shmc_segment_gather(fd, mapped, size_bytes);
+    status = shmc_segment_reserve(fd, size_bytes);
     if (status == SHMC_OK) {
         shmc_segment_populate(mapped, size_bytes, true);
         *base = mapped;
+    } else {
+        int failure = errno;
+        shmc_segment_unmap(mapped, size_bytes);
+        errno = failure;
     }
     return status;
 }

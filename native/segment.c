@@ -15,6 +15,28 @@
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MADV_COLLAPSE /* Linux 6.1 */
+#define MADV_COLLAPSE 25
+#endif
+
+/* What one entry of a page table maps where it maps no table. The size differs on some machines; then nothing is gained. */
+enum { HUGE_BYTES = 2 << 20 };
+
+void shmc_segment_gather(int fd, void *writable_base, uint64_t size_bytes)
+{
+    int saved = errno;
+    uint64_t whole = size_bytes - size_bytes % HUGE_BYTES;
+    /* The kernel makes huge pages of what is there already, and one page in each is enough. */
+    for (uint64_t end = HUGE_BYTES; end <= whole; end += HUGE_BYTES) {
+        SHMC_STEP(SEGMENT_SEED);
+        if (fallocate(fd, 0, (off_t)(end - SHMC_PAGE_BYTES), SHMC_PAGE_BYTES) != 0) {
+            whole = end - HUGE_BYTES;
+        }
+    }
+    SHMC_STEP(SEGMENT_GATHER);
+    (void)madvise(writable_base, whole, MADV_COLLAPSE);
+    errno = saved;
+}
 
 enum shmc_status shmc_segment_reserve(int fd, uint64_t size_bytes)
 {
@@ -41,14 +63,41 @@ enum shmc_status shmc_segment_size(int fd, uint64_t *size_bytes)
     return SHMC_OK;
 }
 
+/* Address space for a mapping that huge pages fit into: addresses and offsets in the file differ by whole ones. NULL: none
+ * is needed, or to be had, and the kernel chooses. */
+static void *huge_space(uint64_t size_bytes)
+{
+    if (size_bytes < HUGE_BYTES) {
+        return NULL;
+    }
+    uint64_t taken = shmc_round_up(size_bytes, SHMC_PAGE_BYTES) + HUGE_BYTES;
+    void *space = mmap(NULL, taken, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) {
+        return NULL;
+    }
+    uint64_t before = shmc_round_up((uint64_t)(uintptr_t)space, HUGE_BYTES) - (uint64_t)(uintptr_t)space;
+    uint8_t *start = (uint8_t *)space + before;
+    if (before != 0) {
+        munmap(space, before);
+    }
+    munmap(start + taken - HUGE_BYTES, HUGE_BYTES - before);
+    return start;
+}
+
 enum shmc_status shmc_segment_map(int fd, uint64_t size_bytes, enum shmc_access access, void **base)
 {
     int protection = access == SHMC_MAP_READ ? PROT_READ : PROT_READ | PROT_WRITE;
     /* NORESERVE: a private mapping of a whole segment is a view, hardly ever written; strict overcommit would count it */
     int flags = access == SHMC_MAP_PRIVATE_COW ? MAP_PRIVATE | MAP_NORESERVE : MAP_SHARED;
+    void *space = huge_space(size_bytes);
     SHMC_STEP(SEGMENT_MAP);
-    void *mapped = mmap(NULL, size_bytes, protection, flags, fd, 0);
+    void *mapped = mmap(space, size_bytes, protection, space != NULL ? flags | MAP_FIXED : flags, fd, 0);
     if (mapped == MAP_FAILED) {
+        int failure = errno;
+        if (space != NULL) {
+            munmap(space, size_bytes);
+        }
+        errno = failure;
         return SHMC_ERRNO;
     }
     *base = mapped;

@@ -106,6 +106,8 @@
     X(508, PRIVATE_OPEN, "opens the list of this process's pages")                             \
     X(509, PRIVATE_DROP, "drops written pages of a private mapping")                           \
     X(510, PRIVATE_CLOSE, "closes the list of this process's pages")                           \
+    X(511, SEGMENT_SEED, "adds one page of what shall be a huge page")                         \
+    X(512, SEGMENT_GATHER, "has the kernel make huge pages")                                   \
     /* agree.c */                                                                              \
     X(601, RESET_FAILED, "group begins: resets the failed step")                               \
     X(602, RESET_MASK, "group begins: resets the mask")                                        \

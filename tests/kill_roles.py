@@ -17,8 +17,8 @@ from killing import Actor, Role, Violation, pattern
 from shmcast import ArenaFullError, ArenaGoneError, _native, process
 
 SLOTS = 32
-SEGMENT_BYTES = 1 << 20
-MAX_BYTES = 4 << 20
+SEGMENT_BYTES = 2 << 20
+MAX_BYTES = 8 << 20
 SOON = 1e-6
 """Grants are overdue at once: whatever is not held may be taken back by an owner that needs the space."""
 FUTEX = {"x86_64": 202, "aarch64": 98}[os.uname().machine]

@@ -65,6 +65,8 @@ EXEMPT = {
     ("bell.c", "shmc_bell_spin_ns"): "asks how many processors there are",
     ("peers.c", "describe_process"): "for people, and TAKE_DESCRIBE stands before it",
     ("peers.c", "lock_operation"): "PEER_LOCK, PEER_UNLOCK and PEER_PROBE stand before it",
+    ("segment.c", "huge_space"): PRIVATE,
+    ("segment.c", "shmc_segment_map"): PRIVATE,
     ("segment.c", "shmc_segment_private_written"): PRIVATE,
     ("owner.c", "shmc_owner_takers"): READ_TO_BE_TOLD,
     ("slots.c", "shmc_slot_keep"): "read for the text of an error",

@@ -89,7 +89,7 @@ _Static_assert(sizeof(struct state) == 72, "no padding: states are compared as b
     X(CREATE_CLOSE, "create: closes its descriptors", "arena._create_control (os.close)") \
     X(GROW_CREATE, "grow: makes a data segment under the next number", "growth.Segments.add NAME_CREATE") \
     X(GROW_RESERVE, "grow: reserves its pages", \
-      "shmc_owner_prepare_segment SEGMENT_RESERVE SEGMENT_MAP SEGMENT_POPULATE") \
+      "shmc_owner_prepare_segment SEGMENT_MAP SEGMENT_SEED SEGMENT_GATHER SEGMENT_RESERVE SEGMENT_POPULATE") \
     X(GROW_FULL, "grow: there is no room", NO_CODE_KERNEL) \
     X(GROW_UNDO, "grow: takes the name away again", "growth.Segments.add NAME_UNLINK") \
     X(GROW_SIZE, "grow: writes the size into the record", \
