@@ -2,7 +2,8 @@
 
 config      what one invocation does; presets
 workloads   raw requests, and how one becomes arrays (photos: the real photographs)
-strategies  the table of ways to get the arrays to every rank; one class each (collectives, naive, shm with in_place)
+strategies  the table of ways to get the arrays to every rank; one class each (collectives, naive, shm with in_place,
+            sockets)
 rank        a rank: what a strategy sees of it (gloo: its process group); tokenizer: the other kind of process
 process     a rank's process; children: what all processes do alike; inputs: what they are given; records: what they
             tell of time; contents: what a rank has read, and whether it is right

@@ -124,16 +124,25 @@ class Rank:
 
     def receive(self, index: int) -> memoryview:
         """What the tokenizer sent for this request, good until the next one. Entry only."""
-        if self.inbox is None:
-            raise RuntimeError("receive from the tokenizer: there is none with --producer entry")
-        arrival = Arrival(*self.inbox.recv())
+        inbox = self._open_inbox()
+        arrival = self.arrival(index)
         if len(self._arriving) < arrival.payload_bytes:
             self._arriving = bytearray(arrival.payload_bytes)
-        size = self.inbox.recv_bytes_into(self._arriving)
+        size = inbox.recv_bytes_into(self._arriving)
+        return memoryview(self._arriving)[:size]
+
+    def arrival(self, index: int) -> Arrival:
+        """What the tokenizer tells of this request: the rest of it, where it comes by another way. Entry only."""
+        arrival = Arrival(*self._open_inbox().recv())
         record = self.records[index]
         record.materialize_ns, record.publish_ns = arrival.materialize_ns, arrival.publish_ns
         record.sent_ns = arrival.materialized_ns
-        return memoryview(self._arriving)[:size]
+        return arrival
+
+    def _open_inbox(self) -> Connection:
+        if self.inbox is None:
+            raise RuntimeError("receive from the tokenizer: there is none with --producer entry")
+        return self.inbox
 
     def sending(self, *batch: int) -> None:
         """Mark: all that one message will carry is materialized, now or earlier by the tokenizer. Entry only."""

@@ -79,6 +79,15 @@ STRATEGIES: dict[str, Spec] = {
         Spec("tensor", "metadata, then dist.broadcast array by array", "tp.collectives:Tensor", _PICKLED),
         Spec("shm-naive", "a fresh segment an array, barrier, all_reduce", "tp.naive:ShmNaive", _PICKLED),
         Spec("shm", "shmcast: in place, warm, handles", "tp.shm:Shm", "tp.in_place:ShmTokenizer"),
+        Spec(
+            "eager", "materialize once, pickle, to each rank over ZMQ", "tp.sockets:Eager", "tp.sockets:EagerTokenizer"
+        ),
+        Spec(
+            "shm-zmq",
+            "shmcast: in place, handles to each rank over ZMQ",
+            "tp.sockets:ShmZmq",
+            "tp.sockets:ShmZmqTokenizer",
+        ),
         Spec("raw-async", "raw, in threads; a reduction says what is ready", server="tp.pools:RawAsync", once=False),
         Spec("object-async", "object, in threads; what is ready in one broadcast", server="tp.pools:ObjectAsync"),
         Spec("shm-async", "shmcast's Caster; its message over the process group", server="tp.casters:ShmAsync"),

@@ -37,8 +37,12 @@ class Tokenizer:
 
     def send(self, payload: bytes | memoryview, materialized_ns: int, materialize_ns: int, publish_ns: int) -> None:
         """Hand one request to rank 0."""
-        self.outbox.send(tuple(Arrival(len(payload), materialized_ns, materialize_ns, publish_ns)))
+        self.tell(Arrival(len(payload), materialized_ns, materialize_ns, publish_ns))
         self.outbox.send_bytes(payload)
+
+    def tell(self, arrival: Arrival) -> None:
+        """Tell rank 0 of a request that comes by another way."""
+        self.outbox.send(tuple(arrival))
 
 
 class Pickled(TokenizerSide):
