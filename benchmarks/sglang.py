@@ -8,7 +8,7 @@ works. On both a request ends in the same way on all ranks.
 
 The window begins when the tokenizer has wrapped, just before it sends, and ends when the last rank has named every item (hash,
 pad value), has read every byte of every feature once, and has freed all. What wrapping takes, hashing in the tokenizer included,
-is shown beside it, and both together. CPU is that of the tokenizer and all ranks, read from outside. Contents are verified on
+is shown beside it, and both together. CPU is that of the tokenizer and all ranks in that time. Contents are verified on
 every rank; what is wrong is reported and makes the exit code 1. A benchmark asserts nothing: it measures and reports.
 """
 

@@ -20,8 +20,8 @@ from tp.children import command_loop
 class Marks(NamedTuple):
     """When a rank had come how far with a request."""
 
-    polls: int
-    """Calls of the receiver that returned nothing."""
+    polls: list[tuple[int, int]]
+    """When each call of the receiver began, the last one brought the request: the clock, this process's CPU until then."""
     received_ns: int
     """The request is here, its features are tensors, and all ranks agree on that."""
     built_ns: int
@@ -30,11 +30,20 @@ class Marks(NamedTuple):
     """Every byte was read once."""
     freed_ns: int
     """Everything is given back."""
+    cpu_ns: int
+    """CPU of this process until then."""
+    read_cpu_ns: int
+    """What reading took of it."""
     digests: list[int]
     """Of each feature, from that reading."""
     hashes: list[int]
     """SGLang's names of the items."""
     freed: bool
+
+    def cpu_since(self, sent_ns: int) -> int:
+        """CPU from the call on that was under way when the request was sent."""
+        before = [cpu_ns for began_ns, cpu_ns in self.polls if began_ns <= sent_ns]
+        return self.cpu_ns - (before[-1] if before else self.polls[0][1])
 
 
 def main(pipe: Connection, address: str, installed: bool, rank: int, tp: int, store: str) -> None:
@@ -102,18 +111,20 @@ class _Scheduler:
         """Take in one request, as the scheduler's loop does, read it and drop it."""
         import shmcast
 
-        polls, requests = 0, []
+        polls: list[tuple[int, int]] = []
+        requests: list[Any] = []
         sleep_until(at_ns)
-        while not (requests := self._receiver.recv_requests()):
-            polls += 1
+        while not requests:
+            polls.append((time.monotonic_ns(), time.process_time_ns()))
+            requests = self._receiver.recv_requests()
         received_ns = time.monotonic_ns()
         inputs = self._class._get_multimodal_inputs(self._self, requests[0].mm_inputs)
-        built_ns = time.monotonic_ns()
+        built_ns, read_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
         digests = [shmcast.hash128(item.feature.numpy()) for item in inputs.mm_items]
-        read_ns = time.monotonic_ns()
+        read_ns, read_cpu_ns = time.monotonic_ns(), time.thread_time_ns() - read_cpu_ns
         hashes = [item.hash for item in inputs.mm_items]
         watched = [weakref.ref(item.feature) for item in inputs.mm_items]
         del inputs, requests
-        freed_ns = time.monotonic_ns()
+        freed_ns, cpu_ns = time.monotonic_ns(), time.process_time_ns()
         freed = all(reference() is None for reference in watched)
-        return Marks(polls, received_ns, built_ns, read_ns, freed_ns, digests, hashes, freed)
+        return Marks(polls, received_ns, built_ns, read_ns, freed_ns, cpu_ns, read_cpu_ns, digests, hashes, freed)

@@ -80,6 +80,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Result], str]]] = (
     ("polls", lambda r: f"{r['polls']:.0f}"),
     ("CPU: wrap", lambda r: ms(r["cpu_ms"]["wrap"])),
     ("window", lambda r: ms(r["cpu_ms"]["window"])),
+    ("reading", lambda r: ms(r["cpu_ms"]["read"])),
     ("both", lambda r: ms(r["cpu_ms"]["total"])),
 )
 
@@ -102,7 +103,8 @@ def _notes(document: Document) -> list[str]:
         "wrap: in the tokenizer, its hashing included; window: from there until the last rank has freed; both: added up; medians.",
         "received: until the last rank has it; named, read, freed: of the slowest rank; p99: the largest, below 100 samples.",
         "first: both, of the very first request of that kind; polls: of rank 0, empty broadcasts before the request came.",
-        f"CPU: tokenizer and all ranks, ms a request, of which commands from outside ({overhead}).",
+        "CPU: tokenizer and all ranks, ms a request; window: a rank's from the poll on that was under way when it was sent;",
+        f"reading: of it, of all ranks, the one look at every byte. In each window an answer to the benchmark ({overhead}).",
     ]
     notes += [f"WRONG: {problem}" for problem in document["problems"]]
     if document["left_in_shm"]:

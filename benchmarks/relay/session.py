@@ -31,7 +31,7 @@ class Session:
         self.first: dict[Key, Served] = {}
         self.problems: list[str] = []
         self.overhead: dict[str, float] = {}
-        """CPU of a window in which nothing is sent, ms, by TP and side."""
+        """CPU of a window that is the benchmark's own, ms, by TP and side."""
         self.left_in_shm: list[str] = []
         self.number = 0
 
@@ -120,9 +120,10 @@ def _line(tp: int, size: Size, variant: Variant, samples: list[Served], first: S
         "cpu_ms": {
             "wrap": median(lambda one: one.wrap_cpu_ns),
             "window": median(lambda one: one.cpu_ns),
+            "read": median(lambda one: one.read_cpu_ns),
             "total": median(lambda one: one.wrap_cpu_ns + one.cpu_ns),
         },
-        "polls": statistics.median(one.marks[0].polls for one in samples),
+        "polls": statistics.median(len(one.marks[0].polls) - 1 for one in samples),
         "first_ms": {"wrap": first.wrap_ns / 1e6, "window": _window(first) / 1e6, "total": _total(first) / 1e6},
         "windows_ms": [round(_window(sample) / 1e6, 4) for sample in samples],
         "totals_ms": [round(_total(sample) / 1e6, 4) for sample in samples],

@@ -18,6 +18,7 @@ class Wrapped(NamedTuple):
     """What wrapping has done."""
 
     wrap_ns: int
+    cpu_ns: int
     problem: str
     """Where features are not carried in the way that the variant says."""
 
@@ -56,9 +57,18 @@ def main(pipe: Connection, address: str, installed: bool, largest: int, seed: in
         command_loop(pipe, handlers)
 
 
-def nothing(at_ns: int) -> None:
-    """What commanding costs without anything to do."""
+class Sent(NamedTuple):
+    """When a request began to be sent."""
+
+    at_ns: int
+    cpu_ns: int
+    """CPU of this process until then."""
+
+
+def nothing(at_ns: int) -> int:
+    """CPU of this process when there is nothing left to do but to answer."""
     sleep_until(at_ns)
+    return time.process_time_ns()
 
 
 def sleep_until(at_ns: int) -> None:
@@ -89,23 +99,23 @@ class _Tokenizer:
         from sglang.srt.managers import tokenizer_manager
 
         request, self._request = self._request, None
-        began_ns = time.monotonic_ns()
+        began_ns, cpu_ns = time.monotonic_ns(), time.process_time_ns()
         request = tokenizer_manager.wrap_shm_features(request)
         request.wrap_pickle_fields()
-        ended_ns = time.monotonic_ns()
+        ended_ns, cpu_ns = time.monotonic_ns(), time.process_time_ns() - cpu_ns
         self._request = request
-        return Wrapped(ended_ns - began_ns, _problem(request, variant))
+        return Wrapped(ended_ns - began_ns, cpu_ns, _problem(request, variant))
 
-    def send(self, _: Variant, at_ns: int) -> int:
-        """When it began to be sent."""
+    def send(self, _: Variant, at_ns: int) -> Sent:
+        """Send it at that moment."""
         from sglang.srt.managers.io_struct import sock_send
 
         request, self._request = self._request, None
         sleep_until(at_ns)
-        sent_ns = time.monotonic_ns()
+        sent = Sent(time.monotonic_ns(), time.process_time_ns())
         sock_send(self._socket, request)
         del request
-        return sent_ns
+        return sent
 
     def _feature(self, nbytes: int, place: int, number: int) -> Any:
         import torch

@@ -1,4 +1,4 @@
-"""The processes of one side: a tokenizer and its ranks. Started, commanded and ended from here, and watched from outside.
+"""The processes of one side: a tokenizer and its ranks. Started, commanded and ended from here.
 
 They are forked from this process, which has imported SGLang and has one thread. Only what was started here is ever
 signalled, and only segments of these processes are removed. Should this process die, they die with it.
@@ -6,7 +6,6 @@ signalled, and only segments of these processes are removed. Should this process
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ class Served(NamedTuple):
     wrap_cpu_ns: int
     sent_ns: int
     cpu_ns: int  # of all processes, in the window
+    read_cpu_ns: int  # of it, of all ranks together, to read the bytes once
     marks: list[rank.Marks]
     problems: list[str]
 
@@ -68,12 +68,9 @@ class World:
     def request(self, variant: Variant, size: Size, number: int) -> Served:
         """One request, from making it until all is freed."""
         *_, expected = self.command("ready", variant, size.items, number)
-        cpu_ns = self._cpu_ns()
         (wrapped,) = self._ask(self._pipes[-1:], "wrap", variant)
-        wrap_cpu_ns = self._cpu_ns() - cpu_ns
-        cpu_ns = self._cpu_ns()
-        *marks, sent_ns = self.command("serve", variant, time.monotonic_ns() + LEAD_NS)
-        cpu_ns = self._cpu_ns() - cpu_ns
+        *marks, sent = self.command("serve", variant, time.monotonic_ns() + LEAD_NS)
+        cpu_ns = self._tokenizer_cpu_ns() - sent.cpu_ns + sum(mark.cpu_since(sent.at_ns) for mark in marks)
         problems = [wrapped.problem] if wrapped.problem else []
         for number, mark in enumerate(marks):
             if mark.digests != expected:
@@ -82,13 +79,13 @@ class World:
                 problems.append(f"rank {number} has not freed what it dropped")
             if not variant.skip_hash and mark.hashes != marks[0].hashes:
                 problems.append(f"rank {number} names items otherwise than rank 0")
-        return Served(wrapped.wrap_ns, wrap_cpu_ns, sent_ns, cpu_ns, marks, problems)
+        read_cpu_ns = sum(mark.read_cpu_ns for mark in marks)
+        return Served(wrapped.wrap_ns, wrapped.cpu_ns, sent.at_ns, cpu_ns, read_cpu_ns, marks, problems)
 
     def overhead_cpu_ns(self) -> int:
-        """CPU of a window in which nothing is sent: commands, waking up, answers."""
-        cpu_ns = self._cpu_ns()
-        self.command("nothing", time.monotonic_ns() + LEAD_NS)
-        return self._cpu_ns() - cpu_ns
+        """CPU in every window that is the benchmark's own: the tokenizer's answer."""
+        *_, cpu_ns = self.command("nothing", time.monotonic_ns() + LEAD_NS)
+        return self._tokenizer_cpu_ns() - int(cpu_ns)
 
     def command(self, *message: Any) -> list[Any]:
         """The same command to all processes; their answers, ranks first."""
@@ -180,13 +177,9 @@ class World:
         who = f"rank {number}" if number < self.tp else "the tokenizer"
         return f"{who} {'with shmcast' if self.installed else 'of SGLang as it is'}"
 
-    def _cpu_ns(self) -> int:
-        """CPU so far of all processes, all threads; exact, read from outside (clock_getcpuclockid(3))."""
-        total = 0
-        for pid in self._pids:
-            with contextlib.suppress(OSError):
-                total += time.clock_gettime_ns((~pid << 3) | 2)
-        return total
+    def _tokenizer_cpu_ns(self) -> int:
+        """CPU so far of the tokenizer, all threads, also those that send behind its back (clock_getcpuclockid(3))."""
+        return time.clock_gettime_ns((~self._pids[-1] << 3) | 2)
 
 
 def _child(
