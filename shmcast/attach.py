@@ -183,6 +183,8 @@ def _attach_anew(handle: Handle, member: _native.Member | None, error: OSError) 
         raise
     except OSError as failure:
         raise names.failed(f"attach {handle!r}", failure) from failure
+    finally:
+        del error  # what it is raised with would keep itself
 
 
 def _wrong_size(handle: Handle, found: int) -> HandleError:

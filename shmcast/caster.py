@@ -342,7 +342,8 @@ class Caster:
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))
             except GroupError as error:
-                lost = [Outcome(rid, error=error) for rid in self._pending]
+                # Another one: its frames hold the outcomes.
+                lost = [Outcome(rid, error=type(error)(*error.args)) for rid in self._pending]
                 self._tally_outcomes(lost)
                 outcomes += lost
             finally:

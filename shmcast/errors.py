@@ -95,6 +95,17 @@ class BackpressureError(ShmcastError, RuntimeError):
     """A caster has as many requests, or as many bytes in flight, as it may have: this one was not taken."""
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """The same exception, and those behind it, without the frames that they have come through: who keeps it keeps nothing of
+    what was held there."""
+    chain: list[BaseException | None] = [error]
+    for each in chain:  # grows
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            chain += [each.__cause__, each.__context__]
+    return error
+
+
 def shown(thing: object) -> str:
     """``repr`` of somebody else's object, for messages that have to be made whatever it does."""
     try:

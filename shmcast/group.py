@@ -33,7 +33,7 @@ from .attach import Lease, Peer
 from .channels import Channel, LoopbackChannel, Rendezvous
 from .codec import Encoded
 from .content import Hash
-from .errors import GroupError, HandleError, PeerLostError
+from .errors import GroupError, HandleError, PeerLostError, without_frames
 from .handle import Handle
 from .in_place import InPlace
 from .roster import Roster, ranks_text
@@ -190,7 +190,10 @@ class Group:
                 return None
             (received,) = parts
             if received.error is not None:
-                raise received.error
+                try:
+                    raise received.error
+                finally:
+                    del received, parts  # or the error would keep itself, and with it all that callers hold
             return tree if local and self.rank == self.entry else received.value
 
     def agree(self, failures: int = 0) -> tuple[int, list[int]]:
@@ -350,7 +353,7 @@ class Group:
         try:
             parts = [self.prepare(tree) for tree in trees]
         except PeerLostError as error:
-            raise self._break(error) from error
+            raise self._break(error) from error.__cause__
         except BaseException as error:
             # Sent whatever it was, so that the others do not wait for a message that never comes.
             self._counts["errors"] += 1
@@ -412,7 +415,7 @@ class Group:
         try:
             blob = self._channel.broadcast(blob, timeout=self._timeout, watch=self._roster.watch)
         except GroupError as error:
-            raise self._break(error) from error
+            raise self._break(error) from error.__cause__
         except BaseException as error:
             self._break(GroupError(f"interrupted by {type(error).__name__}"))
             raise
@@ -476,7 +479,7 @@ class Group:
                 if not local or self.rank != self.entry:
                     value = pickle.loads(part) if self.mode == "object" else codec.loads(part)
             except BaseException as error:
-                causes[number] = error
+                causes[number] = without_frames(error) if isinstance(error, Exception) else error
             values.append(Received(value, None))
         took_ns = time.monotonic_ns() - began_ns
         self._counts["attach_ns"] += took_ns
@@ -498,7 +501,7 @@ class Group:
             masks = [int.from_bytes(answer, "little") for answer in answers]
             return reduce(or_, masks), [rank for rank, mask in enumerate(masks) if mask]
         except GroupError as error:
-            raise self._break(error, before=True) from error
+            raise self._break(error, before=True) from error.__cause__
         except BaseException as error:
             self._break(GroupError(f"interrupted by {type(error).__name__}"), before=True)
             raise
@@ -538,11 +541,13 @@ class Group:
     # ---- the end
 
     def _break(self, cause: GroupError, before: bool = False) -> GroupError:
-        """Record that the group is of no use any more, here and for the other ranks to see; returns what to raise.
+        """Record that the group is of no use any more, here and for the other ranks to see; returns what to raise: ``cause``
+        itself, which can not be its own cause, or another error with its text.
 
         ``before``: also the last message was not delivered."""
         error = cause if before else self._roster.diagnose(cause)
-        self._broken = error
+        # Another one: what is raised keeps the frames that it goes through, and what callers hold there.
+        self._broken = type(error)(*error.args)
         if before:
             self._roster.step -= 1
         self._roster.ends()

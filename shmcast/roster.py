@@ -82,7 +82,10 @@ class Roster:
             failure = self._no_agreement(left, timeout)
             # The first to give up decides for all, unless all have come meanwhile.
             if failure is not None and self._fellows.give_up(self.step):
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    del failure  # or it would keep itself, and with it all that callers hold
 
     def _no_agreement(self, left: float, timeout: float) -> GroupError | None:
         """Why the wait for the others has no sense any more; None: it still has. The same for who gives up first as for

@@ -102,7 +102,7 @@ def dies(here: Rank, victim: int) -> None:
         try:
             group.agree()
         except GroupError as error:
-            here.parent.send((type(error).__name__, str(error), group.broken is error))
+            here.parent.send((type(error).__name__, str(error), str(group.broken) == str(error)))
             here.parent.receive()
 
 

@@ -4,6 +4,7 @@ others hold stays right, and they go on; with a new group where a rank has died.
 from __future__ import annotations
 
 import collections
+import gc
 import random
 import time
 from collections.abc import Iterator
@@ -269,6 +270,7 @@ class Busy(Survivor, Casting):
     """A rank in the loop of an engine: rank 0 takes in what has come, drops some of it, aborts some that is under way."""
 
     def join(self) -> None:
+        gc.disable()  # as engines do: what only that would free stays
         self.wrong: list[str] = getattr(self, "wrong", [])
         super().join("thread")
 
