@@ -221,7 +221,6 @@ def test_a_rank_is_killed(crew: Crew, namespace: str, seed: int, victim: int) ->
         else:
             assert all(isinstance(end, Raised) for end in ends), (point, ends)
             assert any(f"rank {victim} died" in end.text for end in ends), (point, ends)
-        shmcast.sweep()
         others = [rank for rank in ranks if rank.alive]
         held = alike(others, "still_right")
         assert held == {"kept": True} | ({"r": True} if ends[0] is True else {})
