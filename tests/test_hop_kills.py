@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("zmq")
 pytest.importorskip("torch")
-pytestmark = [pytest.mark.zmq, pytest.mark.torch]
+pytestmark = [pytest.mark.zmq, pytest.mark.torch, pytest.mark.watchdog(300)]  # many deaths a test, on a busy machine
 
 import shmcast  # noqa: E402
 from conftest import segments_of  # noqa: E402
