@@ -15,7 +15,6 @@ see `message`.
 """
 
 import pickle
-import sys
 import threading
 import time
 import warnings
@@ -25,12 +24,12 @@ from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _native, codec, meeting, message
 from .arena import Arena
 from .attach import Lease, Peer
-from .channels import Channel, LoopbackChannel, Rendezvous
+from .channels import Channel
 from .codec import Encoded
 from .content import Hash
 from .errors import GroupError, HandleError, PeerLostError, without_frames
@@ -69,6 +68,11 @@ class Received(NamedTuple):
 
     value: Any
     error: GroupError | None
+
+
+TakeIn: TypeAlias = Callable[[Any], int]
+"""What a rank does with a tree that has come: returns what of it it could not do, up to 63 bits, which is agreed on in the same
+step. What it raises counts as if the tree could not be rebuilt."""
 
 
 class _Sent(NamedTuple):
@@ -115,13 +119,15 @@ class Group:
             raise ValueError(f"fallback is 'raise' or 'object', not {fallback!r}")
         if channel not in ("auto", "group"):
             raise ValueError(f"channel is 'auto' or 'group', not {channel!r}")
-        self._rendezvous = _rendezvous(cpu_group, entry, timeout, channel)
+        self._rendezvous = meeting.rendezvous(cpu_group, entry, timeout, channel)
         self.rank = self._rendezvous.rank
         """Of this process, within the group."""
         self.size = self._rendezvous.size
         """How many ranks there are."""
         self.entry = self._rendezvous.entry
         """The rank that sends."""
+        self.failures = 0
+        """What some rank could not take in of the last message, as its ``take_in`` said."""
         self._token = _native.process_token()
         self._min_bytes = min_bytes
         self._timeout = self._rendezvous.timeout if timeout is None else timeout
@@ -169,7 +175,9 @@ class Group:
 
     # ---- trees
 
-    def broadcast(self, tree: Any = None, *, local: bool = False, nothing: bool = False) -> Any:
+    def broadcast(
+        self, tree: Any = None, *, local: bool = False, nothing: bool = False, take_in: TakeIn | None = None
+    ) -> Any:
         """Send a tree from the entry rank to all ranks; every rank gets it back, made of views of the same memory.
 
         ``tree``: anything that can be pickled; large ndarrays and CPU tensors in it are published, and arrive as read-only
@@ -177,7 +185,8 @@ class Group:
         travel without a copy. What finds no room in the arena travels in the message (`stats`: ``inline_bytes``). On the
         other ranks ``tree`` is ignored, as it is by ``torch.distributed.broadcast``: an error there would come too late for
         the ranks that wait. ``local``: on the entry rank, return ``tree`` itself instead of views. ``nothing``: on the entry rank,
-        send no tree: all ranks get None, and as nobody can fail at it, nobody waits for the others.
+        send no tree: all ranks get None, and as nobody can fail at it, nobody waits for the others. ``take_in``, on all ranks
+        or on none: called with the tree before any rank goes on; see `TakeIn` and `failures`.
 
         If the tree can not be encoded, the entry rank raises what encoding raised and the others GroupError with its
         text. If any rank can not rebuild it, all raise GroupError with the same text (without `consensus`: that rank
@@ -185,7 +194,7 @@ class Group:
         the channel raises it is broken on all ranks, and every later call says so."""
         with self._alone("broadcast"):
             blob = self._encode([] if nothing else [tree]) if self.rank == self.entry else None
-            _, parts = self._exchange(blob, local)
+            _, parts = self._exchange(blob, [tree] if local and self.rank == self.entry else None, take_in)
             if not parts:
                 return None
             (received,) = parts
@@ -194,7 +203,7 @@ class Group:
                     raise received.error
                 finally:
                     del received, parts  # or the error would keep itself, and with it all that callers hold
-            return tree if local and self.rank == self.entry else received.value
+            return received.value
 
     def agree(self, failures: int = 0) -> tuple[int, list[int]]:
         """A step without a message: every rank says what of something it could not do, and all learn the same.
@@ -401,10 +410,13 @@ class Group:
 
     # ---- every rank
 
-    def _exchange(self, blob: bytes | None, local: bool = False) -> "tuple[bytes, list[Received]]":
+    def _exchange(
+        self, blob: bytes | None, own: list[Any] | None = None, take_in: TakeIn | None = None
+    ) -> "tuple[bytes, list[Received]]":
+        """``own``: the trees, on a rank that has them already."""
         blob = self._carry(blob)
         try:
-            return self._unpack(blob, local)
+            return self._unpack(blob, own, take_in)
         except HandleError as error:
             raise self._break(GroupError(f"receive message {self.step + 1}: {error}")) from error
 
@@ -429,7 +441,12 @@ class Group:
                 self.meter.add(_OVERFLOWS, self._channel.overflows - overflows)
         return blob
 
-    def _unpack(self, blob: "bytes | bytearray | memoryview", local: bool = False) -> "tuple[bytes, list[Received]]":
+    def _unpack(
+        self,
+        blob: "bytes | bytearray | memoryview",
+        own: list[Any] | None = None,
+        take_in: TakeIn | None = None,
+    ) -> "tuple[bytes, list[Received]]":
         received = message.unpack(blob)
         number = (self._rides if received.rides else self.step) + 1
         if received.number != number:
@@ -444,9 +461,9 @@ class Group:
                 f"step {self.step}: rank {self.entry} could not encode the tree: {_error_text(received.error)}"
             )
         self._rides += received.rides
-        values, causes = self._rebuild(received, local)
+        values, causes, missed = self._rebuild(received, own, take_in)
         interrupt = next((cause for cause in causes.values() if not isinstance(cause, Exception)), None)
-        failures = _ALL if interrupt is not None else sum({1 << min(number, LAST_BIT) for number in causes})
+        failures = _ALL if interrupt is not None else missed | sum({1 << min(number, LAST_BIT) for number in causes})
         self._take_in(failures)
         ranks = [self.rank] if failures else []
         try:
@@ -461,6 +478,8 @@ class Group:
             # Only now: until all ranks have their claims ours keeps the blocks.
             self._release_packed(received.rides)
         self._drop_confirmed()
+        if take_in is not None:
+            self.failures, failures = failures >> 1, failures & 1
         if failures:
             self._counts["errors"] += 1
             for number in range(len(values)):
@@ -468,16 +487,23 @@ class Group:
                     values[number] = Received(None, self._failure(number, ranks, causes.get(number)))
         return received.head, values
 
-    def _rebuild(self, received: message.Message, local: bool) -> "tuple[list[Received], dict[int, BaseException]]":
-        """What the parts are, and why some can not be had here, by number."""
+    def _rebuild(
+        self, received: message.Message, own: list[Any] | None, take_in: TakeIn | None
+    ) -> "tuple[list[Received], dict[int, BaseException], int]":
+        """What the parts are, why some can not be had here, by number, and the bits of ``take_in`` behind the first part's."""
         began_ns = time.monotonic_ns()
         values: list[Received] = []
         causes: dict[int, BaseException] = {}
+        missed = 0
         for number, part in enumerate(received.parts):
             value = None
             try:
-                if not local or self.rank != self.entry:
+                if own is not None:
+                    value = own[number]
+                else:
                     value = pickle.loads(part) if self.mode == "object" else codec.loads(part)
+                if take_in is not None:
+                    missed = take_in(value) << 1
             except BaseException as error:
                 causes[number] = without_frames(error) if isinstance(error, Exception) else error
             values.append(Received(value, None))
@@ -485,7 +511,7 @@ class Group:
         self._counts["attach_ns"] += took_ns
         if received.parts:
             self.meter.observe(_ATTACH_NS, took_ns)
-        return values, causes
+        return values, causes, missed
 
     def _take_in(self, failures: int) -> None:
         self._roster.step += 1
@@ -567,25 +593,6 @@ class Group:
             memory.give_up()
         self._channel.close()
         self._rendezvous.close()
-
-
-def _rendezvous(cpu_group: Any, entry: int, timeout: float | None, channel: str) -> Rendezvous:
-    if cpu_group is None and channel == "auto" and not _torch_is_initialised():
-        if entry != 0:
-            raise ValueError(f"entry {entry}: torch.distributed is not initialised, so the group is this process alone")
-        return LoopbackChannel()
-    from .channels.group import GroupChannel
-
-    return GroupChannel(cpu_group, entry, timeout=timeout)
-
-
-def _torch_is_initialised() -> bool:
-    # Who has not imported it can not have initialised it, and it takes seconds to import.
-    if "torch.distributed" not in sys.modules:
-        return False
-    from .channels.group import available
-
-    return available()
 
 
 def _error_text(error: dict[str, str]) -> str:

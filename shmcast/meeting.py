@@ -14,6 +14,7 @@ is JSON. An answer is `_ANSWER`, or a zero byte and the reason, UTF-8.
 
 import json
 import os
+import sys
 import weakref
 from dataclasses import dataclass
 from struct import Struct
@@ -23,7 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from . import _native, arrays, names, process
 from .arena import Arena
 from .attach import Peer, attach
-from .channels import RECORD_BYTES, Channel, Rendezvous
+from .channels import RECORD_BYTES, Channel, LoopbackChannel, Rendezvous
 from .channels.ring import RingChannel
 from .errors import GroupError
 from .handle import Handle
@@ -245,3 +246,23 @@ def _give_up(arena: Arena | None, owned: bool, key: process.Key | None) -> None:
     elif key is not None:
         # Not `leave`: views that exist hold on to the membership until they are gone.
         process.forget(key)
+
+
+def rendezvous(cpu_group: Any, entry: int, timeout: float | None, channel: str) -> Rendezvous:
+    """What the ranks meet over: their process group; this process alone where there is none."""
+    if cpu_group is None and channel == "auto" and not _torch_is_initialised():
+        if entry != 0:
+            raise ValueError(f"entry {entry}: torch.distributed is not initialised, so the group is this process alone")
+        return LoopbackChannel()
+    from .channels.group import GroupChannel
+
+    return GroupChannel(cpu_group, entry, timeout=timeout)
+
+
+def _torch_is_initialised() -> bool:
+    # Who has not imported it can not have initialised it, and it takes seconds to import.
+    if "torch.distributed" not in sys.modules:
+        return False
+    from .channels.group import available
+
+    return available()

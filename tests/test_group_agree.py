@@ -56,6 +56,64 @@ def test_all_learn_what_some_could_not(ranks: Ranks, options: dict[str, Any]) ->
     assert ranks.run(says, options, masks) == [expected] * 4
 
 
+def takes_in(here: Rank, options: dict[str, Any], masks: list[list[int]]) -> list[int]:
+    """What all learn of what some could not do with a tree, which all get nevertheless."""
+    found = []
+    with group_of(here, options) as group:
+        for number, all_masks in enumerate(masks):
+            tree = {"number": number, "values": np.full(30_000, number)}
+            for local in (False, True):
+                seen = []
+
+                def take_in(got: Any, mask: int = all_masks[here.rank], seen: list[Any] = seen) -> int:
+                    seen.append(got)
+                    return mask
+
+                step = group.step
+                got = group.broadcast(tree if here.rank == 0 else None, local=local, take_in=take_in)
+                assert seen[0] is got and len(seen) == 1 and group.step == step + 1
+                assert (got is tree) == (local and here.rank == 0)
+                assert got["number"] == number and (got["values"] == number).all()
+                found.append(group.failures)
+            assert group.broadcast(nothing=True, take_in=take_in) is None and len(seen) == 1
+            assert group.failures == 0
+        assert group.stats()["errors"] == 0
+        together(here)
+    return found
+
+
+@every_way
+@pytest.mark.filterwarnings("ignore:shmcast sends pickles")
+def test_a_tree_that_some_could_not_take_in(ranks: Ranks, options: dict[str, Any]) -> None:
+    masks = [[0, 0, 0, 0], [1, 0, 4, 0], [0, 0, 0, ALL >> 1], [0, 0, 0, 0]]
+    expected = [0, 0, 5, 5, ALL >> 1, ALL >> 1, 0, 0]
+    assert ranks.run(takes_in, options, masks) == [expected] * 4
+
+
+def can_not(here: Rank, options: dict[str, Any]) -> list[str]:
+    """A rank that raises: nobody has the tree, all the same error, and the group goes on."""
+
+    def take_in(got: Any) -> int:
+        if here.rank == 2:
+            raise KeyError("says the test")
+        return 1
+
+    with group_of(here, options) as group:
+        with pytest.raises(GroupError) as raised:
+            group.broadcast([1, 2], take_in=take_in)
+        assert isinstance(raised.value.__cause__, KeyError) == (here.rank == 2)
+        assert group.broadcast([3]) == [3]
+        together(here)
+        return [str(raised.value)]
+
+
+@every_way
+@pytest.mark.filterwarnings("ignore:shmcast sends pickles")
+def test_taking_in_that_raises(ranks: Ranks, options: dict[str, Any]) -> None:
+    (text, *others) = ranks.run(can_not, options)
+    assert others == [text] * 3 and "can not rebuild tree 0" in text[0]
+
+
 def test_a_process_alone_agrees_with_itself() -> None:
     with shmcast.Group(max_bytes="16MiB") as group:
         assert group.agree() == (0, [])

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any
 
 import shmcast
-import shmcast.group
+import shmcast.meeting
 from shmcast.channels import Rendezvous, check_payload
 from shmcast.errors import GroupTimeoutError, PeerLostError
 
@@ -96,7 +96,7 @@ def serve(link: Link, board: Board, namespace: str, rank: int, links: list[Link]
     """One rank. Says ``("made", (arena id or 0, token))``, then how it ended: ``(kind, (steps, class, text))``; goes when
     it is told to, as who goes at once looks to the others like one that has died."""
     # a group asks for its rendezvous there; the only other one needs torch
-    shmcast.group._rendezvous = lambda *_: Star(rank, SIZE, links, TIMEOUT_S)
+    shmcast.meeting.rendezvous = lambda *_: Star(rank, SIZE, links, TIMEOUT_S)
     steps = 0
     group = None
     kept: deque[tuple[dict[str, Any], int]] = deque(maxlen=_KEEP)
