@@ -7,7 +7,7 @@ moves no host memory, everything is pickled, as the engines do.
 
 from typing import Any
 
-from .group import Group
+from .group import Group, TakeIn
 from .own_arena import configured_max_bytes
 
 _groups: dict[tuple[int, int], tuple[Any, Group]] = {}
@@ -32,34 +32,44 @@ def broadcast_pyobj(
     Returns ``data`` itself on the source, [] for None; on the other ranks what was sent, with large arrays as views: ndarrays
     are read-only, tensors copy what they write. Raises as `Group.broadcast` and `Group` do; ValueError where ``rank`` or
     ``src`` do not fit the group."""
+    return broadcast_list(data, rank, dist_group if group is None else group, src, force_cpu_device)[0]
+
+
+def broadcast_list(
+    data: list[Any] | None,
+    rank: int,
+    group: Any,
+    src: int,
+    force_cpu_device: bool = True,
+    *,
+    max_bytes: int | str | None = None,
+    take_in: TakeIn | None = None,
+) -> tuple[list[Any], int]:
+    """`broadcast_pyobj`, and what some rank could not take in of the list; see `Group.broadcast`. ``take_in`` is not called for an
+    empty list, nor for what goes by torch alone. ``max_bytes``: of the source's arena, where one is made for it."""
     from .channels import group as torch_groups
 
-    process_group = torch_groups.resolve(dist_group if group is None else group)
+    process_group = torch_groups.resolve(group)
     is_source = rank == src
-    entry = torch_groups.rank_in(process_group, src)
-    if is_source != (torch_groups.rank_of(process_group) == entry):
+    _, known = _groups.get((id(process_group), src), (None, None))
+    entry = torch_groups.rank_in(process_group, src) if known is None else known.entry
+    own = torch_groups.rank_of(process_group) if known is None else known.rank
+    if is_source != (own == entry):
         raise ValueError(
             f"broadcast_pyobj: rank {rank} and src {src} are ranks in the default group, where this process has rank "
             f"{torch_groups.global_rank()}"
         )
     if is_source and data is None:
         data = []
-    if not force_cpu_device or not torch_groups.has_cpu(process_group):
+    failures = 0
+    if not force_cpu_device or (known is None and not torch_groups.has_cpu(process_group)):
         received = torch_groups.broadcast_object(data if is_source else None, process_group, src)
     else:
-        received = group_for(process_group, src, entry).broadcast(data, local=True, nothing=not data) or []
+        ours = known or group_for(process_group, src, entry, max_bytes)
+        received = ours.broadcast(data, local=True, nothing=not data, take_in=take_in) or []
+        failures = ours.failures
     result: list[Any] = data if is_source and data is not None else received
-    return result
-
-
-def size_group(group: Any, src: int, max_bytes: int | str) -> None:
-    """Make the group that `broadcast_pyobj` would make, with a source's arena of that size; nothing where it is there already
-    or none is needed. Collective."""
-    from .channels import group as torch_groups
-
-    process_group = torch_groups.resolve(group)
-    if torch_groups.has_cpu(process_group):
-        group_for(process_group, src, torch_groups.rank_in(process_group, src), max_bytes)
+    return result, failures
 
 
 def close_groups() -> None:

@@ -16,41 +16,81 @@ _log = logging.getLogger(__name__)
 
 
 def broadcast_pyobj(data: Any, rank: int, dist_group: Any = None, src: int = 0, force_cpu_device: bool = True) -> Any:
-    """SGLang's function of that name; see `shmcast.broadcast_pyobj`."""
-    if force_cpu_device:
-        compat.size_group(dist_group, src, GROUP_BYTES)
+    """SGLang's function of that name; see `shmcast.broadcast_pyobj`. Features of requests are taken in on the way."""
+    intake = _Intake(dist_group)
     with stubs.handed_round():
-        return compat.broadcast_pyobj(data, rank, dist_group, src, force_cpu_device)
+        received, failures = compat.broadcast_list(
+            data, rank, dist_group, src, force_cpu_device, max_bytes=GROUP_BYTES, take_in=intake
+        )
+    if intake.requests:  # other broadcasts, of what controls the ranks, may follow before `finalize_shm_features`
+        _settled.clear()
+        _settled.update({id(req): (req, bool(failures >> n & 1)) for n, req in enumerate(intake.requests)})
+    return received
+
+
+class _Intake:
+    """Makes tensors of the stubs in requests that are broadcast, as `finalize_shm_features` would do a moment later, so that
+    one agreement says both that all ranks have the requests and what of their features somebody could not attach.
+
+    Only where the ranks of this broadcast are all that take these requests in: otherwise there is more to agree on."""
+
+    def __init__(self, process_group: Any) -> None:
+        self.requests: list[Any] = []
+        self._process_group = process_group
+        self._held: list[Any] = []  # until all ranks have theirs: small tensors are copies
+
+    def __call__(self, data: Any) -> int:
+        requests = _with_stubs(data)
+        if not requests or len(requests) > LAST_BIT:
+            return 0
+        coordinators = _coordinators()
+        if len(coordinators) != 1 or coordinators[0].cpu_group is not self._process_group:
+            return 0
+        held = [stub for req in requests for stub in _stubs(req)]
+        if not all(stubs.is_ours(stub) for stub in held):
+            return 0
+        self._held, self.requests = held, requests
+        return sum((not _materialized(req)) << number for number, req in enumerate(requests))
+
+
+_settled: dict[int, tuple[Any, bool]] = {}
+"""By id: requests of the last broadcast whose features were taken in with it, and whether that failed on some rank."""
 
 
 def finalize_shm_features(self: Any, recv_reqs: Any) -> None:
     """``SchedulerRequestReceiver._finalize_shm_features``: stubs become tensors, or the request fails on every rank.
 
     No barrier: every rank holds a block before any rank goes on, and blocks end with their last holder. No reduction: ranks
-    read in shared memory what the others could not attach."""
-    from sglang.srt.managers import mm_utils
-    from sglang.srt.managers.io_struct import MMInputsProcessError
+    read in shared memory what the others could not attach; mostly they have done so when the requests came (`_Intake`)."""
     from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 
+    settled = dict(_settled)
+    _settled.clear()
     if not recv_reqs or not self.model_config.is_multimodal:
         return
-    requests = [req for req in _tokenized(recv_reqs) if mm_utils.has_shm_features([req])]
-    if not requests:
-        return
-    held = [stub for req in requests for stub in _stubs(req)]  # until all have them: small tensors are copies
+    requests = [req for req in _with_stubs(recv_reqs) if id(req) not in settled]
+    held = [stub for req in requests for stub in _stubs(req)]  # as in `_Intake`
+    failed = [False] * len(requests)
     if not all(stubs.is_ours(stub) for stub in held):
         # Segments of others are unlinked by who opens them, so all must have opened them first.
         patches.original(SchedulerRequestReceiver, "_finalize_shm_features")(self, recv_reqs)
-        return
-    failed = [not _materialized(req) for req in requests]
-    for group in _groups():
-        failed = _agreed(group, failed)
+    elif requests:
+        failed = [not _materialized(req) for req in requests]
+        for coordinator in _coordinators():
+            failed = _agreed(_group_of(coordinator), failed)
     held.clear()
-    error = MMInputsProcessError("Failed to materialize shared-memory multimodal features on a scheduler rank.")
-    for req, has_failed in zip(requests, failed, strict=True):
-        if has_failed:
-            mm_utils.discard_shm_features(req)
-            req.mm_inputs = error
+    _refuse([req for req, has_failed in [*settled.values(), *zip(requests, failed, strict=True)] if has_failed])
+
+
+def _refuse(requests: Sequence[Any]) -> None:
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.managers.io_struct import MMInputsProcessError
+
+    for req in requests:
+        mm_utils.discard_shm_features(req)
+        req.mm_inputs = MMInputsProcessError(
+            "Failed to materialize shared-memory multimodal features on a scheduler rank."
+        )
 
 
 def process_and_broadcast_mm_inputs(self: Any, raw_mm_inputs: Any) -> Any:
@@ -98,6 +138,12 @@ def _tokenized(recv_reqs: Sequence[Any]) -> Iterator[Any]:
             yield from req.batch
 
 
+def _with_stubs(recv_reqs: Any) -> list[Any]:
+    from sglang.srt.managers import mm_utils
+
+    return [req for req in _tokenized(recv_reqs) if mm_utils.has_shm_features([req])]
+
+
 def _stubs(req: Any) -> list[Any]:
     from sglang.srt.managers.mm_utils import ShmPointerMMData
 
@@ -118,18 +164,20 @@ def _materialized(req: Any) -> bool:
     return True
 
 
-def _groups() -> Iterator[Group]:
-    """Those whose ranks take in the same requests, as SGLang has them: one after the other they reach everybody."""
+def _coordinators() -> list[Any]:
+    """Of the groups whose ranks take in the same requests, as SGLang has them: one after the other they reach everybody."""
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
     if not parallel.attn_dp_enabled:
-        coordinators = [parallel.tp_group] if parallel.tp_size > 1 else []
-    else:
-        coordinators = [parallel.attn_tp_group] if parallel.attn_tp_size > 1 else []
-        coordinators += [parallel.attn_cp_group] if parallel.attn_cp_size > 1 else []
-    for coordinator in coordinators:
-        yield _group(coordinator.cpu_group, coordinator.ranks[0], coordinator.ranks)
+        return [parallel.tp_group] if parallel.tp_size > 1 else []
+    return ([parallel.attn_tp_group] if parallel.attn_tp_size > 1 else []) + (
+        [parallel.attn_cp_group] if parallel.attn_cp_size > 1 else []
+    )
+
+
+def _group_of(coordinator: Any) -> Group:
+    return _group(coordinator.cpu_group, coordinator.ranks[0], coordinator.ranks)
 
 
 def _group(process_group: Any, first: int, ranks: Sequence[int]) -> Group:

@@ -8,7 +8,7 @@ promise for one process more (see `features`); who hands it on hands the promise
     tokenizer            init, getstate                   a promise for every state that is given out
     DP controller        setstate, getstate               the same promise goes on
     rank 0               setstate, getstate, materialize  } one promise for all, `handed_round`: every rank attaches and holds
-    other ranks          setstate, materialize            } before any goes on (`ranks.finalize_shm_features`)
+    other ranks          setstate, materialize            } before any goes on (see `ranks`)
 
 A state that has none of ours (the Rust front end makes such) is left to SGLang's own methods.
 """
