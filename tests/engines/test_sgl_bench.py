@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from relay import report
 from relay.plan import VARIANTS, size_of
 from relay.rank import Marks
 
@@ -33,8 +32,9 @@ def test_cpu_is_that_of_the_window() -> None:
     assert [marks.cpu_since(sent) for sent in (50, 100, 250, 999)] == [30, 30, 23, 15]
 
 
-@pytest.mark.without_sglang
 def test_bars_name_variants_and_sizes_that_there_are() -> None:
+    from relay import report  # which needs what the benchmarks need
+
     for bar in report.BARS:
         assert not VARIANTS[bar.other].installed
         assert size_of(bar.size)
