@@ -82,7 +82,31 @@ typedef struct shmc_histogram shmc_words_TIMES, shmc_words_SIZES;
     X(backpressure_shed, COUNTER, "requests ended with an error because a limit was reached [entry]")                 \
     X(backpressure_raised, COUNTER, "submissions refused with an exception because a limit was reached [entry]")      \
     /* the arena again */                                                                                             \
-    X(aliased, COUNTER, "of what was published: new handles of old bytes, without a copy [owner]")
+    X(aliased, COUNTER, "of what was published: new handles of old bytes, without a copy [owner]")                    \
+    /* how requests went */                                                                                           \
+    X(mode_shm, COUNTER, "requests that were to go as handles of shared memory [entry]")                              \
+    X(mode_object, COUNTER, "requests that were to go as pickles of what was materialized [entry]")                   \
+    X(mode_raw, COUNTER, "requests that were to go raw, and to be materialized on every rank [entry]")                \
+    X(mode_replicate, COUNTER, "requests that every rank was to materialize from what it was given itself [entry]")   \
+    X(mode_switches, COUNTER, "how often requests were told to go another way from then on [entry]")                  \
+    X(replicas_ns, TIMES, "ns of one materialization of a request that every rank materializes, on each rank")        \
+    X(inline_bytes, GAUGE, "bytes of arrays of one request below which they travel in the message [entry]")       \
+    X(inline_results, COUNTER, "requests whose arrays travelled in the message because they are fewer bytes than that [entry]")\
+    /* the cache */                                                                                                   \
+    X(cache_hits, COUNTER, "requests answered by what an equal one had given before [entry]")                         \
+    X(cache_misses, COUNTER, "requests with a key that nothing was known of [entry]")                                 \
+    X(cache_joined, COUNTER, "requests that waited for an equal one instead of being materialized themselves [entry]")\
+    X(cache_keyless, COUNTER, "requests of which no key could be made [entry]")                                       \
+    X(cache_evicted, COUNTER, "results that the cache gave up for others, or because the arena needed the room [entry]")\
+    X(cache_reused, COUNTER, "arrays that were in the cache already, and were not kept twice [entry]")                \
+    X(cache_reused_bytes, COUNTER, "bytes of these arrays [entry]")                                                   \
+    X(cache_bytes, GAUGE, "bytes of results that the cache keeps [entry]")                                            \
+    X(peak_cache_bytes, PEAK, "most bytes that the cache ever kept [entry]")                                          \
+    X(cache_entries, GAUGE, "results that the cache keeps [entry]")                                                   \
+    X(peak_cache_entries, PEAK, "most results that the cache ever kept [entry]")                                      \
+    /* worker processes */                                                                                            \
+    X(workers_started, COUNTER, "worker processes started, in place of others included [entry]")                      \
+    X(workers_lost, COUNTER, "worker processes that died, or were ended because a materialization ran out of time [entry]")
 /* clang-format on */
 
 /* The block as the table lays it out. */

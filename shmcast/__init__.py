@@ -9,7 +9,7 @@ from . import _native
 from . import metrics as metrics
 from .arena import Arena
 from .attach import Lease, attach, digest, process_token
-from .caster import Caster, Outcome
+from .caster import Caster
 from .codec import dumps, loads, share
 from .compat import broadcast_pyobj
 from .errors import (
@@ -31,6 +31,7 @@ from .errors import (
 from .futures import FutureCaster
 from .group import Group
 from .handle import Handle
+from .outcome import Outcome
 from .reservation import Reservation
 from .stages import point_to_point_pyobj
 from .sweep import SweepReport, sweep

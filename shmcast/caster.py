@@ -30,19 +30,21 @@ Who does what: `intake` has these states, `pool` the workers, `lockstep` the byt
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from . import _native, lockstep
 from .content import Hash
 from .errors import BackpressureError, GroupError, HandleError, MaterializeError, shown
 from .group import Group, Received
-from .intake import Intake, size_of
+from .intake import Intake
+from .ledger import Ledger
 from .lockstep import Head, Record
+from .materializing import Here
+from .outcome import Outcome
+from .request import size_of
 from .sizes import format_bytes, parse_bytes
 from .tally import Tally
 
@@ -56,30 +58,6 @@ _LONGEST_SILENCE_S = 10.0
 would wait at all: a long materialization is not to be taken for a dead entry rank."""
 _HUNG_S = 30.0
 """If nothing gets ready for so long, `Caster.close` waits no longer."""
-
-
-class Outcome(NamedTuple):
-    """What a request has become, the same on every rank."""
-
-    rid: Any
-    value: Any = None
-    """What was materialized, with large arrays as views; None where there is none."""
-    error: Exception | None = None
-    """MaterializeError; BackpressureError (shed); GroupError (some rank could not take the value in)."""
-    cancelled: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether it has a value, be it None."""
-        return self.error is None and not self.cancelled
-
-    def result(self) -> Any:
-        """The value; raises the error, or ``concurrent.futures.CancelledError``."""
-        if self.error is not None:
-            raise self.error
-        if self.cancelled:
-            raise CancelledError(f"request {self.rid!r} was cancelled")
-        return self.value
 
 
 class Caster:
@@ -143,20 +121,15 @@ class Caster:
         self._token = _native.process_token()
         self._busy = threading.Lock()  # one collective call at a time
         self._lock = threading.Lock()  # the books below; never held while something is waited for
-        self._pending: dict[Hashable, int] = {}
-        self._rids: dict[int, Hashable] = {}
-        self._submitted = self._names = 0
-        # Of the last message and after: (submitted, names), to compare with what the next one says.
-        self._marks: deque[tuple[int, int]] = deque([(0, 0)])
+        self._ledger = Ledger(group.rank == group.entry)
         self._reported_bytes = 0
         self._block_left = self._block_timeout
         self._collected = self._closed = False
         self._intake: Intake | None = None
         if group.rank == group.entry:
             threads = workers if executor == "thread" else 0
-            self._intake = Intake(
-                group, materialize, workers=threads, max_bytes=self._max_bytes, tally=self._tally, hash=hash
-            )
+            maker = Here(group, materialize, tally=self._tally, hash=hash)
+            self._intake = Intake(maker, workers=threads, max_bytes=self._max_bytes, tally=self._tally)
 
     # ---- any thread
 
@@ -164,7 +137,7 @@ class Caster:
     def pending(self) -> tuple[Any, ...]:
         """Ids of requests that have no outcome yet, in the order of `submit`; the same on all ranks between two steps."""
         with self._lock:
-            return tuple(self._pending)
+            return tuple(self._ledger.pending)
 
     def submit(self, rid: Hashable, raw: Any = None, *, timeout: float | None = None) -> None:
         """Have a request materialized. On all ranks, in the same order; ``raw`` counts on the entry rank alone, and None is
@@ -214,13 +187,13 @@ class Caster:
         if self._intake is None:
             return
         with self._lock:
-            rids = tuple(self._pending)
+            rids = tuple(self._ledger.pending)
         if callable(which) and which not in rids:
             chosen = {rid for rid in rids if which(rid)}
         else:
             chosen = {which}
         with self._lock:
-            serials = [self._pending[rid] for rid in rids if rid in chosen and rid in self._pending]
+            serials = [self._ledger.pending[rid] for rid in rids if rid in chosen and rid in self._ledger.pending]
         self._intake.cancel(serials)
 
     # ---- all ranks together
@@ -236,7 +209,7 @@ class Caster:
         rank was not given the same requests as the entry rank."""
         began_ns = time.monotonic_ns()
         with self._alone("step"):
-            if not self._pending:
+            if not self._ledger.pending:
                 return []
             outcomes = self._exchange(lockstep.STEP, _seconds("timeout", timeout))
         self._tally.observe("step_ns", time.monotonic_ns() - began_ns)
@@ -275,7 +248,7 @@ class Caster:
             intake = self._intake
             if intake is None:
                 raise ValueError(f"collect: this is rank {self._group.rank}, the entry rank is {self._group.entry}")
-            if not self._pending:
+            if not self._ledger.pending:
                 return b""
             intake.work(time.monotonic() + self._silence_s)
             if not intake.any_ready():
@@ -333,7 +306,7 @@ class Caster:
                     raise GroupError("close: what collect() gave was not applied")
                 self._begin_end(wait, cancel_pending)
                 patience = time.monotonic() + _HUNG_S
-                while self._pending:
+                while self._ledger.pending:
                     arrived = self._exchange(lockstep.STEP, self._silence_s)
                     outcomes += arrived
                     if arrived:
@@ -343,7 +316,7 @@ class Caster:
                         self._intake.fail_unfinished(TimeoutError(text))
             except GroupError as error:
                 # Another one: its frames hold the outcomes.
-                lost = [Outcome(rid, error=type(error)(*error.args)) for rid in self._pending]
+                lost = [Outcome(rid, error=type(error)(*error.args)) for rid in self._ledger.pending]
                 self._tally_outcomes(lost)
                 outcomes += lost
             finally:
@@ -361,8 +334,8 @@ class Caster:
             self._end()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._pending)} pending"
-        return f"<Caster rank {self._group.rank} of {self._group.size}, {state}, {self._submitted} submitted>"
+        state = "closed" if self._closed else f"{len(self._ledger.pending)} pending"
+        return f"<Caster rank {self._group.rank} of {self._group.size}, {state}, {self._ledger.submitted} submitted>"
 
     # ---- in
 
@@ -371,14 +344,14 @@ class Caster:
             raise GroupError(f"submit {rid!r}: this process was forked from a rank; it is none itself")
         if self._closed:
             raise GroupError(f"submit {rid!r}: the caster is closed")
-        if rid in self._pending:
+        if rid in self._ledger.pending:
             raise ValueError(f"submit {rid!r}: a request with this id is pending; an id is free again with its outcome")
 
     def _check_room(self, rid: Hashable) -> None:
         """By what all ranks know alike."""
         problem = ""
-        if len(self._pending) >= self._max_pending:
-            problem = f"{len(self._pending)} requests are pending, max_pending is {self._max_pending}"
+        if len(self._ledger.pending) >= self._max_pending:
+            problem = f"{len(self._ledger.pending)} requests are pending, max_pending is {self._max_pending}"
         elif self._max_bytes is not None and self._reported_bytes >= self._max_bytes:
             problem = f"{format_bytes(self._reported_bytes)} are in flight, max_inflight_bytes is {format_bytes(self._max_bytes)}"
         if problem:
@@ -387,7 +360,7 @@ class Caster:
             raise BackpressureError(f"submit {rid!r}: {problem}")
 
     def _refusal(self, intake: Intake, raw_bytes: int) -> str:
-        count = intake.unfinished if self._on_full == "block" else len(self._pending)
+        count = intake.unfinished if self._on_full == "block" else len(self._ledger.pending)
         if count >= self._max_pending:
             return f"{count} requests are pending, max_pending is {self._max_pending}"
         if not intake.room(raw_bytes):
@@ -413,16 +386,9 @@ class Caster:
 
     def _enter(self, rid: Hashable) -> int:
         """Into the books, which are the same on every rank. Returns the serial number."""
-        chained = lockstep.chain(self._names, rid)  # may raise, for what the id is made of; then nothing has happened
-        serial = self._submitted
-        self._submitted += 1
-        self._names = chained
-        if self._intake is None:
-            self._marks.append((self._submitted, self._names))
-        else:
+        serial = self._ledger.enter(rid)
+        if self._intake is not None:
             self._tally.add("requests")
-        self._pending[rid] = serial
-        self._rids[serial] = rid
         self._tally_pending()
         return serial
 
@@ -460,7 +426,7 @@ class Caster:
         taken = intake.take(serials)
         with self._lock:
             # After that: who submits in another thread may have been taken already.
-            submitted, names = self._submitted, self._names
+            submitted, names = self._ledger.submitted, self._ledger.names
             self._block_left = self._block_timeout
         parts = [request.part for request in taken if request.part is not None]
         records = [request.record for request in taken]
@@ -481,43 +447,20 @@ class Caster:
         except HandleError as error:
             raise self._group.give_up(GroupError(f"step {self._group.step}: {error}")) from error
         with self._lock:
-            problem = self._disagreement(said, call, exact)
+            problem = self._ledger.disagreement(said, call, exact)
             if not problem:
                 values = iter(received)
                 outcomes = [self._outcome(record, values) for record in said.records]
                 # What workers hold of requests that have ended would never be reported as gone: there is no message for it.
-                self._reported_bytes = said.inflight_bytes if self._pending else 0
+                self._reported_bytes = said.inflight_bytes if self._ledger.pending else 0
                 self._tally_outcomes(outcomes)
         if problem:
             raise self._group.give_up(GroupError(f"step {self._group.step}, rank {self._group.rank}: {problem}"))
         return outcomes
 
-    def _disagreement(self, said: Head, call: int, exact: bool) -> str:
-        """What is not the same here as on the entry rank; "" if all is."""
-        if said.call != call:
-            return f"the entry rank is in {_CALLS[said.call]}(), this rank in {_CALLS[call]}()"
-        if self._intake is None:
-            if said.submitted > self._submitted or (exact and said.submitted != self._submitted):
-                return (
-                    f"{self._submitted} requests were submitted here so far, {said.submitted} on the entry rank: all ranks "
-                    "submit the same between the same two steps"
-                )
-            while self._marks[0][0] < said.submitted:
-                self._marks.popleft()
-            if self._marks[0] != (said.submitted, said.names):
-                return (
-                    f"of the first {said.submitted} requests the ids are not the same here as on the entry rank, or in another "
-                    "order"
-                )
-        unknown = [record.serial for record in said.records if record.serial not in self._rids]
-        if unknown:
-            return f"outcomes of requests {unknown} came (counted from 0), which are not pending here"
-        return ""
-
     def _outcome(self, record: Record, values: Iterator[Received]) -> Outcome:
         serial, end, failure = record
-        rid = self._rids.pop(serial)
-        del self._pending[rid]
+        rid = self._ledger.leave(serial)
         if end == lockstep.VALUE:
             value, error = next(values)
             return Outcome(rid, value, error)
@@ -536,7 +479,7 @@ class Caster:
             return
         if cancel_pending:
             with self._lock:
-                serials = list(self._rids)
+                serials = list(self._ledger.rids)
             self._intake.cancel(serials)
         elif not wait:
             self._intake.fail_unfinished(GroupError("the caster was closed before it was materialized"))
@@ -544,8 +487,7 @@ class Caster:
     def _end(self) -> None:
         with self._lock:
             self._closed = True
-            self._pending.clear()
-            self._rids.clear()
+            self._ledger.clear()
             self._tally_pending()
         if self._intake is not None:
             self._intake.close()
@@ -554,7 +496,7 @@ class Caster:
 
     def _tally_pending(self) -> None:
         if self._intake is not None:
-            self._tally.level("pending", len(self._pending))
+            self._tally.level("pending", len(self._ledger.pending))
 
     def _tally_outcomes(self, outcomes: list[Outcome]) -> None:
         if self._intake is None or not outcomes:

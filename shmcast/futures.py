@@ -4,8 +4,9 @@ from collections.abc import Hashable
 from concurrent.futures import Future
 from typing import Any
 
-from .caster import Caster, Outcome, Predicate
+from .caster import Caster, Predicate
 from .errors import GroupError
+from .outcome import Outcome
 
 
 class FutureCaster:

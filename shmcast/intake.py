@@ -3,71 +3,28 @@
 One lock guards all states. It is never held while a request is materialized or published, nor while something is withdrawn.
 """
 
-import inspect
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from itertools import chain, islice
 from typing import Any
 
 from . import lockstep
 from .codec import Encoded
-from .content import Hash
-from .group import LAST_BIT, Group
-from .lockstep import Failure, Record
+from .group import LAST_BIT
+from .lockstep import Failure
+from .materializing import Maker
 from .pool import Pool
+from .request import QUEUED, READY, RUNNING, TAKEN, Request
 from .sizes import format_bytes
 from .tally import Tally
 
-NEW, QUEUED, RUNNING, READY, TAKEN = range(5)
 MAX_VALUES = LAST_BIT + 1
 """So many values a message, so that one that can not be rebuilt somewhere fails alone."""
 _CANCEL_GRACE_S = 10.0
 """How long a materialization that nobody waits for any more may keep its worker."""
-_MAX_NODES = 10_000
-
-
-class Request:
-    """One raw request. Its fields change under the lock of its `Intake`."""
-
-    __slots__ = (
-        "deadline",
-        "end",
-        "expired",
-        "failure",
-        "part",
-        "raw",
-        "raw_bytes",
-        "result_bytes",
-        "rid",
-        "serial",
-        "state",
-        "timeout",
-    )
-
-    def __init__(self, serial: int, rid: Hashable, raw: Any, timeout: float | None) -> None:
-        self.serial = serial
-        self.rid = rid
-        self.raw = raw
-        self.timeout = timeout
-        self.state = NEW
-        self.end = lockstep.NONE
-        self.failure: Failure | None = None
-        self.part: Encoded | None = None
-        self.deadline: float | None = None
-        """When its worker is given up."""
-        self.expired = False
-        """Whether its end is that it ran out of time."""
-        self.raw_bytes = self.result_bytes = 0
-        """What it counts for in `Intake.inflight_bytes`."""
-
-    @property
-    def record(self) -> Record:
-        """For the message that it is taken into."""
-        return Record(self.serial, self.end, self.failure)
 
 
 class Intake:
@@ -75,20 +32,15 @@ class Intake:
 
     def __init__(
         self,
-        group: Group,
-        materialize: Callable[..., Any],
+        maker: Maker,
         *,
         workers: int,
         max_bytes: int | None,
         tally: Tally,
-        hash: Hash = True,
     ) -> None:
-        """``workers``: threads; 0: `work` materializes in its caller's thread. ``hash``: of what is made in place."""
-        self._group = group
-        self._materialize = materialize
-        self._out_name = out_parameter(materialize)
+        """``workers``: threads; 0: `work` materializes in its caller's thread."""
+        self._maker = maker
         self._max_bytes = max_bytes
-        self._hash = hash
         self._tally = tally
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -189,7 +141,7 @@ class Intake:
                 request.deadline = time.monotonic() + request.timeout
                 self._changed.notify_all()  # who waits, waits until then at most
         began_ns = time.monotonic_ns()
-        end, part, failure, interrupt = self._make(raw)
+        end, part, failure, interrupt = self._maker.make(request, raw)
         del raw
         self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
         with self._lock:
@@ -203,30 +155,6 @@ class Intake:
         if part is not None:
             part.withdraw()  # nobody wants it any more
         return interrupt
-
-    def _make(self, raw: Any) -> "tuple[int, Encoded | None, Failure | None, BaseException | None]":
-        """``(end, part, failure, interrupt)``; whatever goes wrong is the one request's alone."""
-        place = None
-        try:
-            place = self._group.in_place(self._no_room, self._hash) if self._out_name is not None else None
-            if place is None:
-                value = self._materialize(raw)
-            elif self._out_name:
-                value = self._materialize(raw, **{self._out_name: place.array})
-            else:
-                value = self._materialize(raw, place.array)
-            if value is None:
-                return lockstep.NONE, None, None, None
-            return lockstep.VALUE, self._group.prepare(value, in_place=place), None, None
-        except BaseException as error:
-            interrupt = error if isinstance(error, KeyboardInterrupt) else None
-            return lockstep.FAILED, None, lockstep.failure_of(error), interrupt
-        finally:
-            if place is not None:
-                place.end()
-
-    def _no_room(self, nbytes: int) -> None:
-        self._tally.add("out_full")
 
     def work(self, until: float, serials: Sequence[int] | None = None) -> None:
         """Without workers: materialize here, first come first served, until then, or until results take the bytes that may be
@@ -307,6 +235,7 @@ class Intake:
             self._drop_raw(request)
             if self._pool.abandon(request):
                 self._tally.add("abandoned_workers")
+            self._maker.give_up(request)
             if request.state == RUNNING:
                 text = f"not materialized within {request.timeout} s; its worker was given up"
                 self._settle(request, lockstep.FAILED, failure=Failure("TimeoutError", text, ""))
@@ -418,6 +347,7 @@ class Intake:
             self._changed.notify_all()
         if self._pool is not None:
             self._pool.close()
+        self._maker.close()
         for part in parts:
             part.withdraw()
 
@@ -426,54 +356,3 @@ class Intake:
         self._tally.level("inflight_bytes", self.inflight_bytes)
         if self._pool is not None and self._max_bytes is not None:
             self._pool.nudge()
-
-
-def out_parameter(materialize: Callable[..., Any]) -> str | None:
-    """How a function takes `InPlace.array`: the name of a parameter, "" for its second one; None where it does not.
-
-    It does with a parameter called ``out``, or a second one that must be given. Other parameters with defaults are its own
-    business."""
-    try:
-        parameters = list(inspect.signature(materialize).parameters.values())
-    except (TypeError, ValueError):  # some functions in C
-        return None
-    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    for each in parameters[1:]:
-        if each.name == "out" and each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD):
-            return "out"
-    second = positional[1:2]
-    return "" if second and (second[0].default is second[0].empty or second[0].name == "out") else None
-
-
-def size_of(raw: Any) -> int:
-    """About how many bytes of memory a raw request is: texts, bytes, and whatever has ``nbytes``, inside of containers and
-    objects too. Cheap: of very many small things the rest is not looked at."""
-    total = 0
-    stack = [raw]
-    seen: set[int] = set()
-    for _ in range(_MAX_NODES):
-        if not stack:
-            break
-        thing = stack.pop()
-        if isinstance(thing, (str, bytes, bytearray)):
-            total += len(thing)
-        elif thing is not None and not isinstance(thing, (int, float, type)) and id(thing) not in seen:
-            seen.add(id(thing))
-            try:
-                own, inside = _look_into(thing)
-                total += own
-                stack.extend(islice(inside, _MAX_NODES))
-            except Exception:  # whatever its properties do: it is an estimate
-                continue
-    return total
-
-
-def _look_into(thing: Any) -> tuple[int, Iterable[Any]]:
-    nbytes = getattr(thing, "nbytes", None)
-    if isinstance(nbytes, int):
-        return nbytes, ()
-    if isinstance(thing, dict):
-        return 0, chain(thing.keys(), thing.values())
-    if isinstance(thing, (list, tuple, set, frozenset, deque)):
-        return 0, thing
-    return 0, () if callable(thing) else getattr(thing, "__dict__", {}).values()

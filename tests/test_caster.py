@@ -105,10 +105,10 @@ def test_ids_that_can_not_be_shown_cost_no_outcome(group: shmcast.Group, maker: 
         all_ready(caster, 2)
         outcomes = caster.step()
         assert {outcome.rid: outcome.ok for outcome in outcomes} == {unshown: False, "b": True}
-        before = caster._submitted
+        before = caster._ledger.submitted
         with pytest.raises(ValueError, match="digits"):
             caster.submit(10**5000, 1)
-        assert caster._submitted == before
+        assert caster._ledger.submitted == before
 
 
 def test_submit_and_step(group: shmcast.Group, maker: Maker) -> None:

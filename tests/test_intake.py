@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shmcast import intake
-from shmcast.intake import out_parameter, size_of
+from shmcast import request
+from shmcast.materializing import out_parameter
+from shmcast.request import size_of
 
 
 @dataclasses.dataclass
@@ -65,7 +66,7 @@ def test_size_of_tensors() -> None:
 
 
 def test_of_very_many_things_not_all_are_looked_at() -> None:
-    assert size_of([b"x"] * 10_000_000) < intake._MAX_NODES
+    assert size_of([b"x"] * 10_000_000) < request._MAX_NODES
 
 
 def test_the_same_thing_twice_is_one() -> None:

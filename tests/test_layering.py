@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("meeting", "group"),  # how a group comes about, and what it does
     ("own_arena", "compat", "stages"),  # stand in for functions of engines
     ("lockstep", "pool", "tally"),  # what the entry rank tells the others of requests; threads; counts
+    ("outcome", "request", "ledger", "materializing"),  # what becomes of a request; who makes a value of it
     ("intake", "caster"),  # requests on the entry rank; on all ranks
     ("futures",),
 )
