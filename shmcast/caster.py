@@ -38,12 +38,13 @@ from typing import Any, Literal, TypeAlias
 from . import _native, lockstep
 from .content import Hash
 from .errors import BackpressureError, GroupError, HandleError, MaterializeError, shown
-from .group import Group, Received
+from .group import Group
 from .intake import Intake
 from .ledger import Ledger
 from .lockstep import Head, Record
 from .materializing import Here
 from .outcome import Outcome
+from .parts import Received
 from .request import size_of
 from .sizes import format_bytes, parse_bytes
 from .tally import Tally

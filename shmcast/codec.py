@@ -265,12 +265,14 @@ def encode(
     hash: Hash = True,
     in_place: InPlace | None = None,
     refuse_devices: bool = False,
+    inline_below: int = 0,
 ) -> Encoded:
     """`dumps`, with what was promised besides the bytes.
 
     ``keep``: see `Arena.publish`. ``in_place``: arrays that lie in its blocks travel as they are; the blocks are published on
     the same terms, which its maker has given it. What the tree does not use is for the caller to end. ``refuse_devices``:
-    UnsupportedArrayError for a large tensor that is not in this host's memory, which torch would move to pickle it."""
+    UnsupportedArrayError for a large tensor that is not in this host's memory, which torch would move to pickle it.
+    ``inline_below``: arrays that would be published travel in the blob where they are fewer bytes than that together."""
     if on_full not in ("raise", "inline"):
         raise ValueError(f"dumps: on_full is 'raise' or 'inline', not {on_full!r}")
     readers = readers if isinstance(readers, (int, str)) else tuple(readers)
@@ -281,7 +283,7 @@ def encode(
     pickler.dump(tree)
     # Nothing has been published so far, so a tree that can not be pickled leaves nothing behind.
     encoded = Encoded(arena)
-    all_taken = pickler.taken
+    all_taken = _small_together(pickler, inline_below) if inline_below else pickler.taken
     entries: list[bytes | None] = [None] * len(all_taken)
     try:
         if in_place is not None:
@@ -315,6 +317,23 @@ def encode(
     if arena is not None:
         _count(arena.meter, pickler, encoded)
     return encoded
+
+
+def _small_together(pickler: _Pickler, inline_below: int) -> list[_Taken]:
+    """What was taken, inline where it is little."""
+    forms = [
+        None if taken.inline or taken.origin is not None else taken.form or tensors.describe(taken.array)
+        for taken in pickler.taken
+    ]
+    total = sum([form.nbytes for form in forms if form is not None])
+    if total >= inline_below:
+        return pickler.taken
+    pickler.small += len([form for form in forms if form is not None])
+    pickler.small_bytes += total
+    return [
+        taken if form is None else taken._replace(form=form, inline=True, spot=None)
+        for taken, form in zip(pickler.taken, forms, strict=True)
+    ]
 
 
 def _seal(

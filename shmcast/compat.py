@@ -7,8 +7,9 @@ moves no host memory, everything is pickled, as the engines do.
 
 from typing import Any
 
-from .group import Group, TakeIn
+from .group import Group
 from .own_arena import configured_max_bytes
+from .parts import TakeIn
 
 _groups: dict[tuple[int, int], tuple[Any, Group]] = {}
 """By id of the process group and source. The process group is kept along, so that no other one gets its id."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 from . import _native, codec, meeting, message
 from .arena import Arena
@@ -32,19 +32,15 @@ from .attach import Lease, Peer
 from .channels import Channel
 from .codec import Encoded
 from .content import Hash
-from .errors import GroupError, HandleError, PeerLostError, without_frames
+from .errors import GroupError, HandleError, PeerLostError
 from .handle import Handle
 from .in_place import InPlace
+from .parts import ALL_BITS, LAST_BIT, Finish, Received, TakeIn, rebuild
 from .roster import Roster, ranks_text
 
 MIN_BYTES = 1024
 """Smaller arrays stay in the pickle. Lower than for `dumps`: a handle costs some 20 µs, but a message that no longer fits
 into one frame costs another broadcast, 0.4 ms at 2 ranks and 1 ms at 4, and four arrays of 1 KiB do that."""
-
-LAST_BIT = 63
-"""Failures of parts travel as 64 bits: part i has bit i, and the last bit stands for this part and all after it."""
-_ALL = (1 << 64) - 1
-
 
 _MESSAGES, _MESSAGE_BYTES = _native.metric("messages"), _native.metric("message_bytes")
 _OVERFLOWS, _MESSAGE_NS = _native.metric("overflows"), _native.metric("message_ns")
@@ -61,18 +57,6 @@ _COUNTS = (
     "encode_ns",
     "attach_ns",
 )
-
-
-class Received(NamedTuple):
-    """One tree of a message, or the error that all ranks have in its place."""
-
-    value: Any
-    error: GroupError | None
-
-
-TakeIn: TypeAlias = Callable[[Any], int]
-"""What a rank does with a tree that has come: returns what of it it could not do, up to 63 bits, which is agreed on in the same
-step. What it raises counts as if the tree could not be rebuilt."""
 
 
 class _Sent(NamedTuple):
@@ -210,7 +194,7 @@ class Group:
 
         ``failures``: up to 64 bits. Returns all of them together, and the ranks that had one. For what a group has taken in by
         other ways; every rank holds what it has until this returns. Errors break the group, as for `broadcast`."""
-        if not 0 <= failures <= _ALL:
+        if not 0 <= failures <= ALL_BITS:
             raise ValueError(f"agree: failures={failures:#x} does not fit 64 bits")
         with self._alone("agree"):
             self._take_in(failures)
@@ -230,10 +214,13 @@ class Group:
         arena = None if self._memory is None else self._memory.arena
         return InPlace(arena, tokens=self._others, keep=True, grant_timeout=None, hash=hash, no_room=no_room)
 
-    def prepare(self, tree: Any, in_place: InPlace | None = None) -> Encoded:
+    def prepare(
+        self, tree: Any, in_place: InPlace | None = None, *, inline: bool = False, inline_below: int = 0
+    ) -> Encoded:
         """On the entry rank, in any thread: pickle a tree and publish its arrays for all ranks, as part of a message to be.
 
-        ``in_place``: where it was made, if it was. `Encoded.withdraw` for what is not sent after all. Raises what encoding
+        ``in_place``: where it was made, if it was. ``inline``: publish nothing; ``inline_below``: nor where there is as little
+        to publish (bytes). `Encoded.withdraw` for what is not sent after all. Raises what encoding
         raises; GroupError once closed."""
         memory = self._memory
         if self._closed or self.rank != self.entry:
@@ -245,13 +232,14 @@ class Group:
         else:
             encoded = codec.encode(
                 tree,
-                memory.arena,
+                None if inline else memory.arena,
                 readers=self._others,
                 keep=True,
                 grant_timeout=None,
                 min_bytes=self._min_bytes,
                 on_full="inline",
-                in_place=in_place,
+                in_place=None if inline else in_place,
+                inline_below=inline_below,
             )
         self._counts["encode_ns"] += time.monotonic_ns() - began_ns
         return encoded
@@ -265,21 +253,24 @@ class Group:
         with self._alone("pack"):
             return self._pack(head, parts, rides)
 
-    def exchange(self, blob: bytes | None = None) -> "tuple[bytes, list[Received]]":
+    def exchange(self, blob: bytes | None = None, finish: Finish | None = None) -> "tuple[bytes, list[Received]]":
         """Send what `pack` gave through the group's channel, and `unpack` it on every rank; ``blob`` is the entry rank's.
 
         A rank alone sends nothing. Errors break the group, as for `broadcast`."""
         with self._alone("exchange"):
-            return self._exchange(blob)
+            return self._exchange(blob, finish=finish)
 
-    def unpack(self, blob: "bytes | bytearray | memoryview") -> "tuple[bytes, list[Received]]":
+    def unpack(
+        self, blob: "bytes | bytearray | memoryview", finish: Finish | None = None
+    ) -> "tuple[bytes, list[Received]]":
         """On every rank, what `pack` with ``rides`` was given, in order. With `consensus` it waits until all ranks have it.
+        ``finish``: see `parts.Finish`; on all ranks or on none.
 
         Where a rank could not rebuild a tree, all get the same error in its place (of more than 63 trees, those from the
         64th on fail together). HandleError where the bytes are no message, or not the next: nothing has changed then.
         GroupError: the group broke, or the entry rank could not send."""
         with self._alone("unpack"):
-            return self._unpack(blob)
+            return self._unpack(blob, finish=finish)
 
     def check(self, action: str) -> None:
         """GroupError, which names ``action``, where the group can not be used any more, as far as that is known here."""
@@ -367,7 +358,7 @@ class Group:
             # Sent whatever it was, so that the others do not wait for a message that never comes.
             self._counts["errors"] += 1
             self._carry(message.pack_error(self.step + 1, error))
-            self._take_in(_ALL)
+            self._take_in(ALL_BITS)
             raise
         return self._pack(b"", parts)
 
@@ -411,12 +402,16 @@ class Group:
     # ---- every rank
 
     def _exchange(
-        self, blob: bytes | None, own: list[Any] | None = None, take_in: TakeIn | None = None
+        self,
+        blob: bytes | None,
+        own: list[Any] | None = None,
+        take_in: TakeIn | None = None,
+        finish: Finish | None = None,
     ) -> "tuple[bytes, list[Received]]":
         """``own``: the trees, on a rank that has them already."""
         blob = self._carry(blob)
         try:
-            return self._unpack(blob, own, take_in)
+            return self._unpack(blob, own, take_in, finish)
         except HandleError as error:
             raise self._break(GroupError(f"receive message {self.step + 1}: {error}")) from error
 
@@ -446,6 +441,7 @@ class Group:
         blob: "bytes | bytearray | memoryview",
         own: list[Any] | None = None,
         take_in: TakeIn | None = None,
+        finish: Finish | None = None,
     ) -> "tuple[bytes, list[Received]]":
         received = message.unpack(blob)
         number = (self._rides if received.rides else self.step) + 1
@@ -456,14 +452,22 @@ class Group:
             )
         if received.error is not None:
             self._counts["errors"] += 1
-            self._take_in(_ALL)
+            self._take_in(ALL_BITS)
             raise GroupError(
                 f"step {self.step}: rank {self.entry} could not encode the tree: {_error_text(received.error)}"
             )
         self._rides += received.rides
-        values, causes, missed = self._rebuild(received, own, take_in)
-        interrupt = next((cause for cause in causes.values() if not isinstance(cause, Exception)), None)
-        failures = _ALL if interrupt is not None else missed | sum({1 << min(number, LAST_BIT) for number in causes})
+        began_ns = time.monotonic_ns()
+        parts = rebuild(received.parts, pickle.loads if self.mode == "object" else codec.loads, own, take_in)
+        if received.parts:
+            took_ns = time.monotonic_ns() - began_ns
+            self._counts["attach_ns"] += took_ns
+            self.meter.observe(_ATTACH_NS, took_ns)
+        if finish is not None:
+            parts = finish(received.head, parts)
+        values, interrupt, failures = [Received(value, None) for value in parts.values], parts.interrupt, parts.failures
+        causes = parts.causes
+        parts.values = []  # a traceback that somebody keeps must not keep leases
         self._take_in(failures)
         ranks = [self.rank] if failures else []
         try:
@@ -472,7 +476,7 @@ class Group:
             if interrupt is not None:
                 raise interrupt  # only now: the others agree with us on this message, so we may not be at the next one
         except BaseException:
-            values.clear()  # a traceback that somebody keeps must not keep leases
+            values.clear()  # for the same reason
             raise
         finally:
             # Only now: until all ranks have their claims ours keeps the blocks.
@@ -486,32 +490,6 @@ class Group:
                 if failures >> min(number, LAST_BIT) & 1:
                     values[number] = Received(None, self._failure(number, ranks, causes.get(number)))
         return received.head, values
-
-    def _rebuild(
-        self, received: message.Message, own: list[Any] | None, take_in: TakeIn | None
-    ) -> "tuple[list[Received], dict[int, BaseException], int]":
-        """What the parts are, why some can not be had here, by number, and the bits of ``take_in`` behind the first part's."""
-        began_ns = time.monotonic_ns()
-        values: list[Received] = []
-        causes: dict[int, BaseException] = {}
-        missed = 0
-        for number, part in enumerate(received.parts):
-            value = None
-            try:
-                if own is not None:
-                    value = own[number]
-                else:
-                    value = pickle.loads(part) if self.mode == "object" else codec.loads(part)
-                if take_in is not None:
-                    missed = take_in(value) << 1
-            except BaseException as error:
-                causes[number] = without_frames(error) if isinstance(error, Exception) else error
-            values.append(Received(value, None))
-        took_ns = time.monotonic_ns() - began_ns
-        self._counts["attach_ns"] += took_ns
-        if received.parts:
-            self.meter.observe(_ATTACH_NS, took_ns)
-        return values, causes, missed
 
     def _take_in(self, failures: int) -> None:
         self._roster.step += 1

@@ -13,9 +13,9 @@ from typing import Any
 
 from . import lockstep
 from .codec import Encoded
-from .group import LAST_BIT
 from .lockstep import Failure
 from .materializing import Maker
+from .parts import LAST_BIT
 from .pool import Pool
 from .request import QUEUED, READY, RUNNING, TAKEN, Request
 from .sizes import format_bytes

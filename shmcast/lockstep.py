@@ -6,16 +6,26 @@ rank that was given something else says so, rather than that it gives one reques
 
 Integers little-endian::
 
-    4  magic "shmL"    1  version (1)    1  call: 0 step, collect or close, 1 cast    2  zero
+    4  magic "shmL"    1  version (2)    1  call: 0 step, collect or close, 1 cast    2  zero
     8  submitted: requests that the entry rank had been given when it packed this
     8  names: of those, in their order; see `chain`
     8  bytes that are in flight on the entry rank once this is delivered
     4  count of records, in the order of delivery; then, for each,
-       8  serial number, from 0 on    1  end: 0 value, 1 None, 2 failed, 3 refused, 4 cancelled
+       8  serial number, from 0 on    1  end, see below
        where it failed or was refused: 4 + 4 + 4 lengths in bytes of kind, text and traceback; those, UTF-8
 
-The n-th record that ends as a value belongs to the n-th part of the message. Of the bytes themselves the message has a
-hash; what is checked here is that they make sense.
+What a record says of its request::
+
+    0  value          the part is the value
+    1  None           2  failed           3  refused          4  cancelled
+    5  begin raw      the part is the raw request; every rank begins to materialize it, in the background
+    6  begin own      the same of the raw request that every rank was given itself
+    7  begun          the value is what every rank has made of what it began
+    8  raw            the part is the raw request; every rank materializes it before it goes on
+    9  own            the same of the raw request that every rank was given itself
+
+The n-th record that has a part belongs to the n-th part of the message. Of the bytes themselves the message has a hash;
+what is checked here is that they make sense.
 """
 
 import traceback
@@ -29,11 +39,16 @@ from . import _native
 from .errors import HandleError, MaterializeError
 
 MAGIC = b"shmL"
-VERSION = 1
+VERSION = 2
 STEP, CAST = 0, 1
 """Calls."""
-VALUE, NONE, FAILED, REFUSED, CANCELLED = range(5)
-"""Ends."""
+VALUE, NONE, FAILED, REFUSED, CANCELLED, BEGIN_RAW, BEGIN_OWN, BEGUN, RAW, OWN = range(10)
+"""Ends, and what there is before the end."""
+BEGINS = frozenset((BEGIN_RAW, BEGIN_OWN))
+"""Are followed by another record of the same request, unless a rank fails at them."""
+HAVE_PART = frozenset((VALUE, BEGIN_RAW, RAW))
+CAN_FAIL = frozenset((VALUE, BEGIN_RAW, BEGIN_OWN, BEGUN, RAW, OWN))
+"""Of which a rank may have to say that it could not do it."""
 
 _FIXED = Struct("<4sBB2xQQQI")
 _RECORD = Struct("<QB")
@@ -148,9 +163,9 @@ def read(raw: bytes, parts: int) -> Head:
             f"decode head: {count} records name {len(serials)} requests, the last {max(serials, default=-1)}, "
             f"of {submitted}"
         )
-    values = sum([record.end == VALUE for record in records])
-    if values != parts:
-        raise HandleError(f"decode head: {values} records have a value, {parts} parts came")
+    wanted = sum([record.end in HAVE_PART for record in records])
+    if wanted != parts:
+        raise HandleError(f"decode head: {wanted} records have a part, {parts} parts came")
     return Head(call, submitted, names, inflight_bytes, records)
 
 
@@ -161,7 +176,7 @@ def _read_record(raw: bytes, at: int, which: str) -> tuple[Record, int]:
     serial, end = _RECORD.unpack_from(raw, at)
     at += _RECORD.size
     if end not in (FAILED, REFUSED):
-        if end not in (VALUE, NONE, CANCELLED):
+        if end > OWN:
             raise HandleError(f"decode head: {which} has end {end}")
         return Record(serial, end), at
     if at + _LENGTHS.size > len(raw):

@@ -23,7 +23,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attach", "terms", "growth", "reservation", "arena", "in_place"),
     ("plain", "codec"),
     ("channels", "channels.*"),
-    ("message", "roster"),  # the bytes of a message; who is there and how far they have come
+    (
+        "message",
+        "parts",
+        "roster",
+    ),  # the bytes of a message, what came of it here; who is there and how far they have come
     ("meeting", "group"),  # how a group comes about, and what it does
     ("own_arena", "compat", "stages"),  # stand in for functions of engines
     ("lockstep", "pool", "tally"),  # what the entry rank tells the others of requests; threads; counts

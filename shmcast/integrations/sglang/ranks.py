@@ -6,7 +6,8 @@ from typing import Any
 
 from ... import compat
 from ...errors import GroupError
-from ...group import LAST_BIT, Group
+from ...group import Group
+from ...parts import LAST_BIT
 from . import patches, stubs
 
 GROUP_BYTES = "128MiB"

@@ -1,0 +1,61 @@
+"""`Delivery`: what a rank does with a message before all ranks agree on it, where every rank is to materialize."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from . import lockstep
+from .errors import HandleError
+from .lockstep import Record
+from .parts import Parts
+from .replicas import Replicas
+
+
+class Delivery:
+    """Goes through the records of a message: takes values, begins what is to begin, materializes what is to be done at once."""
+
+    def __init__(self, replicas: Replicas, raws: Mapping[int, Any], timeout: float) -> None:
+        """``raws``: by serial number, what this rank was given itself. ``timeout``: seconds that the entry rank may have to wait
+        for this one."""
+        self._replicas = replicas
+        self._raws = raws
+        self._timeout = timeout
+
+    def finish(self, head: bytes, parts: Parts) -> Parts:
+        """See `parts.Finish`: one value for each record that can fail, in their order."""
+        try:
+            said = lockstep.read(head, len(parts.values))
+        except HandleError:
+            return parts  # who makes outcomes of it says so
+        if all(record.end == lockstep.VALUE for record in said.records if record.end in lockstep.CAN_FAIL):
+            return parts
+        done = Parts()
+        came = iter(range(len(parts.values)))
+        for record in said.records:
+            if record.end in lockstep.CAN_FAIL:
+                self._add(done, record, parts, came)
+        return done
+
+    def _add(self, done: Parts, record: Record, parts: Parts, came: Iterator[int]) -> None:
+        number = len(done.values)
+        done.values.append(None)
+        part = next(came) if record.end in lockstep.HAVE_PART else None
+        if part in parts.causes:
+            done.causes[number] = parts.causes[part]
+        elif done.interrupt is None:
+            try:
+                done.values[number] = self._done(record, None if part is None else parts.values[part])
+            except BaseException as error:
+                done.fail(number, error)
+
+    def _done(self, record: Record, came: Any) -> Any:
+        serial, end, _ = record
+        if end == lockstep.VALUE:
+            return came
+        if end == lockstep.BEGUN:
+            return self._replicas.take(serial, self._timeout)
+        raw = came if end in lockstep.HAVE_PART else self._raws.get(serial)
+        if raw is None:
+            raise ValueError("this rank was given no raw request: all ranks are to be, with raw_everywhere=True")
+        if end in lockstep.BEGINS:
+            return self._replicas.begin(serial, raw)
+        return self._replicas.now(raw)
