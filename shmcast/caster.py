@@ -35,25 +35,32 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-from . import _native, lockstep
+from . import _native, alone, inline, lockstep, modes
+from .alone import Alone
 from .content import Hash
-from .errors import BackpressureError, GroupError, HandleError, MaterializeError, shown
+from .delivery import Delivery
+from .errors import GroupError, HandleError
 from .group import Group
 from .intake import Intake
 from .ledger import Ledger
+from .limits import Limits, OnFull, seconds
 from .lockstep import Head, Record
-from .materializing import Here
+from .materializing import ByWay, Here
+from .modes import Mode, Route
 from .outcome import Outcome
 from .parts import Received
+from .replicas import Replicas
 from .request import size_of
-from .sizes import format_bytes, parse_bytes
+from .sending import Sender
+from .sizes import parse_bytes
 from .tally import Tally
 
 Predicate: TypeAlias = Callable[[Any], bool]
-OnFull: TypeAlias = Literal["block", "raise", "shed"]
 
 _CALLS = {lockstep.STEP: "step", lockstep.CAST: "cast"}
 _MAX_WORKERS = 4
+_ALONE = b"shmcast: the entry rank goes on alone"
+"""What `Caster.collect` gives then."""
 _LONGEST_SILENCE_S = 10.0
 """A rank that waits for a materialization hears from the entry rank at least this often, and in a third of the time that it
 would wait at all: a long materialization is not to be taken for a dead entry rank."""
@@ -81,6 +88,9 @@ class Caster:
         block_timeout: float = 5.0,
         timeout: float | None = None,
         hash: Hash = True,
+        mode: str | None = None,
+        raw_everywhere: bool = False,
+        inline_bytes: int | str = "measure",
     ) -> None:
         """All ranks pass the same.
 
@@ -97,40 +107,46 @@ class Caster:
         that are not delivered may take on the entry rank; nothing more is materialized while results take that much, and one
         request of more fails. ``on_full``: what `submit` does at either limit; see there.
 
+        ``mode``: which way requests go, see `modes`; "shm" where neither it nor ``SHMCAST_MODE`` says another. ``raw_everywhere``:
+        `submit` and `cast` are given the raw requests on every rank, which "replicate" needs; and if the group breaks, each
+        rank materializes everything itself from then on, see `alone`. What every rank materializes it does in threads, and in
+        private memory. ``inline_bytes``: results with fewer bytes of arrays travel in the message; "measure": from where on
+        shared memory is cheaper here, which the entry rank finds out in some 10 ms.
+
         ValueError, TypeError for arguments that are wrong."""
         if executor not in ("thread", "inline"):
             raise ValueError(f"executor is 'thread' or 'inline', not {executor!r}")
-        if on_full not in ("block", "raise", "shed"):
-            raise ValueError(f"on_full is 'block', 'raise' or 'shed', not {on_full!r}")
         if not callable(materialize):
             raise TypeError(f"materialize: a function of the raw request is needed, not {materialize!r}")
-        if max_pending < 1:
-            raise ValueError(f"max_pending={max_pending}: at least 1 is needed")
         workers = default_workers() if workers is None else workers
         if workers < 1:
             raise ValueError(f"workers={workers}: at least 1 is needed")
         self._group = group
-        self._max_pending = max_pending
-        self._max_bytes = None if max_inflight_bytes is None else parse_bytes(max_inflight_bytes, "max_inflight_bytes")
-        self._on_full = on_full
-        self._timeout = None if timeout is None else _seconds("timeout", timeout)
+        self._timeout = None if timeout is None else seconds("timeout", timeout)
         self._silence_s = min(_LONGEST_SILENCE_S, group.timeout / 3)
-        self._block_timeout = min(_seconds("block_timeout", block_timeout), self._silence_s)
         self.meter = group.meter
         """Where it counts; see `metrics`."""
         self._tally = Tally(group.meter)
+        block_timeout = min(seconds("block_timeout", block_timeout), self._silence_s)
+        self._limits = Limits(max_pending, max_inflight_bytes, on_full, block_timeout, self._tally)
         self._token = _native.process_token()
         self._busy = threading.Lock()  # one collective call at a time
         self._lock = threading.Lock()  # the books below; never held while something is waited for
         self._ledger = Ledger(group.rank == group.entry)
-        self._reported_bytes = 0
-        self._block_left = self._block_timeout
         self._collected = self._closed = False
+        self._mode = Mode.parse(modes.configured(mode), raw_everywhere)
+        self._raws: dict[int, Any] | None = {} if raw_everywhere else None
+        self._awaited: list[int] = []  # requests that the next step waits for
+        self._ending: alone.Ending = ""
         self._intake: Intake | None = None
+        threads = workers if executor == "thread" else 0
+        self._replicas = Replicas(materialize, workers=threads, tally=self._tally, ended=self._made)
+        self._delivery = Delivery(self._replicas, {} if self._raws is None else self._raws, group.timeout / 2)
+        self._alone_now = Alone(group, self._ledger, self._raws, self._replicas)
         if group.rank == group.entry:
-            threads = workers if executor == "thread" else 0
-            maker = Here(group, materialize, tally=self._tally, hash=hash)
-            self._intake = Intake(maker, workers=threads, max_bytes=self._max_bytes, tally=self._tally)
+            sender = Sender(group, self._tally, self._threshold(inline_bytes))
+            maker = ByWay(sender, Here(group, sender, materialize, tally=self._tally, hash=hash))
+            self._intake = Intake(maker, workers=threads, max_bytes=self._limits.max_bytes, tally=self._tally)
 
     # ---- any thread
 
@@ -139,6 +155,26 @@ class Caster:
         """Ids of requests that have no outcome yet, in the order of `submit`; the same on all ranks between two steps."""
         with self._lock:
             return tuple(self._ledger.pending)
+
+    @property
+    def mode(self) -> str:
+        """Which way requests go that come now, as the entry rank was told; elsewhere, as this rank was."""
+        return self._mode.text
+
+    @property
+    def alone(self) -> GroupError | None:
+        """Why the ranks go on without each other, if they do: the group is broken, and ``raw_everywhere`` is set.
+
+        From then on every step has the outcomes of all that is pending, in the order in which it was submitted, and waits for
+        them. Nothing is decided any more: `cancel`, timeouts of single requests and modes change nothing."""
+        return self._alone_now.cause
+
+    def switch(self, mode: str) -> None:
+        """Send requests that come from now on another way, see `modes`. At any moment, on the entry rank; elsewhere it changes
+        nothing. ValueError where it is no mode, or needs ``raw_everywhere``."""
+        self._mode = Mode.parse(mode, self._raws is not None)
+        if self._intake is not None:
+            self._tally.add("mode_switches")
 
     def submit(self, rid: Hashable, raw: Any = None, *, timeout: float | None = None) -> None:
         """Have a request materialized. On all ranks, in the same order; ``raw`` counts on the entry rank alone, and None is
@@ -155,27 +191,37 @@ class Caster:
         ValueError where a request with this id is pending, TypeError where the id can not be hashed: on all ranks alike, and
         nothing has happened then. GroupError once closed."""
         hash(rid)
-        timeout = self._timeout if timeout is None else _seconds("timeout", timeout)
+        timeout = self._timeout if timeout is None else seconds("timeout", timeout)
         with self._lock:
             self._check_new(rid)
-            if self._on_full == "raise":
-                self._check_room(rid)
+            self._limits.check(rid, len(self._ledger.pending), decides=self._intake is not None)
         intake = self._intake
-        if intake is None:
+        if intake is None or self._alone_now.cause is not None:
             with self._lock:
                 self._check_new(rid)
-                self._enter(rid)
+                self._enter(rid, raw)
             return
         raw_bytes = size_of(raw)
-        if self._on_full == "block" and raw is not None:
-            self._wait_room(intake, raw_bytes)
+        if raw is not None:
+            self._limits.wait(intake, raw_bytes)
         with self._lock:
             self._check_new(rid)
-            refusal = "" if raw is None or self._on_full == "raise" else self._refusal(intake, raw_bytes)
-            if refusal:
-                self._tally.add("backpressure_shed")
+            refusal = "" if raw is None else self._limits.shed(intake, raw_bytes, len(self._ledger.pending))
+            route = self._route(rid)
             # Under the lock, so that who sees it pending can cancel it.
-            intake.admit(self._enter(rid), rid, raw, raw_bytes=raw_bytes, timeout=timeout, refusal=refusal)
+            serial = self._enter(rid, raw)
+            if route.sync:
+                self._awaited.append(serial)
+            intake.admit(
+                serial,
+                rid,
+                raw,
+                raw_bytes=raw_bytes,
+                timeout=timeout,
+                route=route,
+                urgent=route.sync,
+                refusal=refusal,
+            )
 
     def cancel(self, which: "Hashable | Predicate") -> None:
         """Ask that a request, by its id, or all for whose ids a function is true, end as cancelled, whatever is being done
@@ -185,7 +231,7 @@ class Caster:
         is not pending, or is cancelled already, is left alone."""
         if not callable(which):
             hash(which)
-        if self._intake is None:
+        if self._intake is None or self._alone_now.cause is not None:
             return
         with self._lock:
             rids = tuple(self._ledger.pending)
@@ -212,7 +258,7 @@ class Caster:
         with self._alone("step"):
             if not self._ledger.pending:
                 return []
-            outcomes = self._exchange(lockstep.STEP, _seconds("timeout", timeout))
+            outcomes = self._exchange(lockstep.STEP, seconds("timeout", timeout))
         self._tally.observe("step_ns", time.monotonic_ns() - began_ns)
         return outcomes
 
@@ -222,7 +268,7 @@ class Caster:
         Others that are pending stay so. Limits do not apply, but for a request that is larger than ``max_inflight_bytes``.
         Errors as for `submit` and `step`."""
         batch = list(requests)
-        timeout = self._timeout if timeout is None else _seconds("timeout", timeout)
+        timeout = self._timeout if timeout is None else seconds("timeout", timeout)
         with self._alone("cast"):
             with self._lock:
                 rids = [rid for rid, _ in batch]
@@ -230,10 +276,13 @@ class Caster:
                     raise ValueError(f"cast: {len(rids)} requests have {len(set(rids))} ids")
                 for rid in rids:
                     self._check_new(rid)
-                serials = [self._enter(rid) for rid in rids]
-            if self._intake is not None:
+                serials = [self._enter(rid, raw) for rid, raw in batch]
+            if self._intake is not None and self._alone_now.cause is None:
                 for serial, (rid, raw) in zip(serials, batch, strict=True):
-                    self._intake.admit(serial, rid, raw, raw_bytes=size_of(raw), timeout=timeout, urgent=True)
+                    route = self._route(rid)._replace(sync=True)
+                    self._intake.admit(
+                        serial, rid, raw, raw_bytes=size_of(raw), timeout=timeout, route=route, urgent=True
+                    )
             del batch  # raw requests are not needed for the whole of it
             outcomes: list[Outcome] = []
             while len(outcomes) < len(serials):  # messages that say nothing yet come before the one that says all
@@ -251,7 +300,12 @@ class Caster:
                 raise ValueError(f"collect: this is rank {self._group.rank}, the entry rank is {self._group.entry}")
             if not self._ledger.pending:
                 return b""
-            intake.work(time.monotonic() + self._silence_s)
+            try:
+                self._group.check("collect")
+            except GroupError as error:
+                self._go_alone(error)
+                return _ALONE
+            self._wait_ready(intake, 0.0, None)
             if not intake.any_ready():
                 return b""
             blob = self._pack(intake, lockstep.STEP, None, rides=True)
@@ -272,18 +326,22 @@ class Caster:
         """On all ranks: the outcomes in what `collect` gave, [] for b"". In their order, each once.
 
         HandleError where it is not that, and nothing has happened then; GroupError as for `step`."""
-        if not blob:
+        if not blob and self._alone_now.cause is None:
             return []
         with self._alone("apply", applies=True):
+            if self._alone_now.cause is not None or blob == _ALONE:
+                return self._outcomes_alone(GroupError("the entry rank goes on without the others"))
             try:
-                head, received = self._group.unpack(blob)
+                _, received = self._group.unpack(blob, self._delivery.finish)
             except HandleError:
                 raise
-            except BaseException:
+            except BaseException as error:
                 self._collected = False  # no other blob will do either: the group is broken
+                if isinstance(error, GroupError):
+                    return self._outcomes_alone(error)
                 raise
             self._collected = False
-            return self._deliver(lockstep.STEP, head, received, exact=False)
+            return self._deliver(lockstep.STEP, received, exact=False)
 
     def close(self, wait: bool = True, cancel_pending: bool = False) -> list[Outcome]:
         """End it, on all ranks in the same step. Returns the outcomes of what was pending. Idempotent.
@@ -305,7 +363,8 @@ class Caster:
             try:
                 if self._collected:
                     raise GroupError("close: what collect() gave was not applied")
-                self._begin_end(wait, cancel_pending)
+                self._ending = "cancelled" if cancel_pending else "" if wait else "failed"
+                self._begin_end()
                 patience = time.monotonic() + _HUNG_S
                 while self._ledger.pending:
                     arrived = self._exchange(lockstep.STEP, self._silence_s)
@@ -348,50 +407,37 @@ class Caster:
         if rid in self._ledger.pending:
             raise ValueError(f"submit {rid!r}: a request with this id is pending; an id is free again with its outcome")
 
-    def _check_room(self, rid: Hashable) -> None:
-        """By what all ranks know alike."""
-        problem = ""
-        if len(self._ledger.pending) >= self._max_pending:
-            problem = f"{len(self._ledger.pending)} requests are pending, max_pending is {self._max_pending}"
-        elif self._max_bytes is not None and self._reported_bytes >= self._max_bytes:
-            problem = f"{format_bytes(self._reported_bytes)} are in flight, max_inflight_bytes is {format_bytes(self._max_bytes)}"
-        if problem:
-            if self._intake is not None:  # all ranks refuse it alike, and it is one request
-                self._tally.add("backpressure_raised")
-            raise BackpressureError(f"submit {rid!r}: {problem}")
-
-    def _refusal(self, intake: Intake, raw_bytes: int) -> str:
-        count = intake.unfinished if self._on_full == "block" else len(self._ledger.pending)
-        if count >= self._max_pending:
-            return f"{count} requests are pending, max_pending is {self._max_pending}"
-        if not intake.room(raw_bytes):
-            return (
-                f"{format_bytes(raw_bytes)} and {format_bytes(intake.inflight_bytes)} in flight are more than "
-                f"max_inflight_bytes, {format_bytes(self._max_bytes or 0)}"
-            )
-        return ""
-
-    def _wait_room(self, intake: Intake, raw_bytes: int) -> None:
-        with self._lock:
-            if not self._refusal(intake, raw_bytes):
-                return
-            left = self._block_left
-        began_ns = time.monotonic_ns()
-        intake.wait_room(raw_bytes, self._max_pending, left)
-        waited_ns = time.monotonic_ns() - began_ns
-        with self._lock:
-            # The others wait in their step: all waits before the next message together are bounded.
-            self._block_left = max(self._block_left - waited_ns / 1e9, 0.0)
-        self._tally.add("backpressure_waits")
-        self._tally.add("backpressure_wait_ns", waited_ns)
-
-    def _enter(self, rid: Hashable) -> int:
+    def _enter(self, rid: Hashable, raw: Any) -> int:
         """Into the books, which are the same on every rank. Returns the serial number."""
         serial = self._ledger.enter(rid)
+        if self._raws is not None and raw is not None:
+            self._raws[serial] = raw
         if self._intake is not None:
             self._tally.add("requests")
+        if self._alone_now.cause is not None:
+            self._alone_now.begin(serial)
         self._tally_pending()
         return serial
+
+    def _route(self, rid: Hashable) -> Route:
+        route = self._mode.route_of(rid)
+        self._tally.add(f"mode_{route.way.value}")
+        return route
+
+    def _threshold(self, inline_bytes: int | str) -> int:
+        """In bytes, of results that travel in the message."""
+        arena = self._group.arena
+        if inline_bytes != "measure":
+            found = parse_bytes(inline_bytes, "inline_bytes")
+        else:
+            found = 0 if arena is None else inline.measured_bytes(arena.namespace, self._group.size)
+        self._tally.gauge("inline_bytes", found)
+        return found
+
+    def _made(self, serial: int) -> None:
+        """Of what all ranks materialize, this one has something; in any thread."""
+        if self._intake is not None:
+            self._intake.made(serial)
 
     # ---- out
 
@@ -412,25 +458,40 @@ class Caster:
 
     def _exchange(self, call: int, timeout: float, serials: Sequence[int] | None = None) -> list[Outcome]:
         """One message, of what is ready by then, or of ``serials`` once all of them are."""
-        blob = None
-        if self._intake is not None:
+        try:
+            blob = None
             # Before anything is waited for that can not be sent.
             self._group.check(_CALLS[call])
-            now = time.monotonic()
-            self._intake.work(now + self._silence_s, serials)
-            complete = self._intake.wait(now + min(timeout, self._silence_s), serials)
-            blob = self._pack(self._intake, call, serials if serials is None or complete else ())
-        head, received = self._group.exchange(blob)
-        return self._deliver(call, head, received, exact=True)
+            if self._intake is not None:
+                complete = self._wait_ready(self._intake, timeout, serials)
+                blob = self._pack(self._intake, call, serials if serials is None or complete else ())
+            _, received = self._group.exchange(blob, self._delivery.finish)
+        except GroupError as error:
+            return self._outcomes_alone(error, serials)
+        return self._deliver(call, received, exact=True)
+
+    def _wait_ready(self, intake: Intake, timeout: float, serials: Sequence[int] | None) -> bool:
+        """Wait for ``serials``, or for what was submitted to be done in this step, or for anything. False in vain."""
+        now = time.monotonic()
+        if serials is None and self._awaited:
+            with self._lock:
+                serials = tuple(self._awaited)
+        if serials is not None:
+            intake.work(now + self._silence_s, serials)
+        if serials is None or timeout < self._silence_s:
+            intake.work(now + self._silence_s)
+        return intake.wait(now + (self._silence_s if serials is not None else min(timeout, self._silence_s)), serials)
 
     def _pack(self, intake: Intake, call: int, serials: Sequence[int] | None, rides: bool = False) -> bytes:
         taken = intake.take(serials)
         with self._lock:
             # After that: who submits in another thread may have been taken already.
             submitted, names = self._ledger.submitted, self._ledger.names
-            self._block_left = self._block_timeout
-        parts = [request.part for request in taken if request.part is not None]
-        records = [request.record for request in taken]
+            self._limits.may_wait_again()
+            gone = {each.record.serial for each in taken}
+            self._awaited = [serial for serial in self._awaited if serial not in gone]
+        parts = [each.part for each in taken if each.part is not None]
+        records = [each.record for each in taken]
         try:
             head = lockstep.write(Head(call, submitted, names, intake.inflight_bytes, records))
             return self._group.pack(head, parts, rides=rides)
@@ -441,55 +502,79 @@ class Caster:
             self._group.give_up(GroupError(f"step {self._group.step + 1}: no message could be made: {error!r}"))
             raise
 
-    def _deliver(self, call: int, head: bytes, received: list[Received], exact: bool) -> list[Outcome]:
+    def _deliver(self, call: int, received: list[Received], exact: bool) -> list[Outcome]:
         """``exact``: this rank makes the call that the entry rank has made the message in, so both were given the same."""
-        try:
-            said = lockstep.read(head, len(received))
-        except HandleError as error:
-            raise self._group.give_up(GroupError(f"step {self._group.step}: {error}")) from error
+        said = self._delivery.said
+        if isinstance(said, HandleError):
+            raise self._group.give_up(GroupError(f"step {self._group.step}: {said}")) from said
         with self._lock:
             problem = self._ledger.disagreement(said, call, exact)
             if not problem:
                 values = iter(received)
-                outcomes = [self._outcome(record, values) for record in said.records]
+                all_outcomes = [self._outcome(record, values) for record in said.records]
+                outcomes = [outcome for outcome in all_outcomes if outcome is not None]
                 # What workers hold of requests that have ended would never be reported as gone: there is no message for it.
-                self._reported_bytes = said.inflight_bytes if self._ledger.pending else 0
+                self._limits.reported_bytes = said.inflight_bytes if self._ledger.pending else 0
                 self._tally_outcomes(outcomes)
         if problem:
             raise self._group.give_up(GroupError(f"step {self._group.step}, rank {self._group.rank}: {problem}"))
         return outcomes
 
-    def _outcome(self, record: Record, values: Iterator[Received]) -> Outcome:
-        serial, end, failure = record
-        rid = self._ledger.leave(serial)
-        if end == lockstep.VALUE:
-            value, error = next(values)
-            return Outcome(rid, value, error)
-        if end == lockstep.CANCELLED:
-            return Outcome(rid, cancelled=True)
-        if failure is None:
-            return Outcome(rid)
-        if end == lockstep.REFUSED:
-            return Outcome(rid, error=BackpressureError(f"request {shown(rid)} was shed: {failure.text}"))
-        return Outcome(rid, error=MaterializeError.of(rid, *failure))
+    def _outcome(self, record: Record, values: Iterator[Received]) -> Outcome | None:
+        """None where it has only begun."""
+        outcome = self._delivery.outcome(self._ledger.rids[record.serial], record, values)
+        if outcome is not None:
+            if record.end in lockstep.BEGINS and self._intake is not None:
+                self._intake.forget(record.serial)
+            self._leave(record.serial)
+        return outcome
+
+    def _leave(self, serial: int) -> Hashable:
+        if self._raws is not None:
+            self._raws.pop(serial, None)
+        return self._ledger.leave(serial)
+
+    # ---- without the others
+
+    def _outcomes_alone(self, cause: GroupError, serials: Sequence[int] | None = None) -> list[Outcome]:
+        """Of ``serials``, or of all; whatever the group has become. Raises the cause where this rank can not go on."""
+        self._go_alone(cause)
+        outcomes = self._alone_now.outcomes(serials, self._ending)
+        with self._lock:
+            for outcome in outcomes:
+                self._leave(self._ledger.pending[outcome.rid])
+            if self._intake is not None:
+                self._intake.show(bool(self._ledger.pending))
+            self._tally_outcomes(outcomes)
+        return outcomes
+
+    def _go_alone(self, cause: GroupError) -> None:
+        if self._alone_now.cause is None:
+            self._alone_now.check(cause)
+            if self._intake is not None:
+                self._intake.close(shown=True)
+            with self._lock:
+                self._limits.reported_bytes = 0
+                self._alone_now.go(cause)
 
     # ---- the end
 
-    def _begin_end(self, wait: bool, cancel_pending: bool) -> None:
+    def _begin_end(self) -> None:
         if self._intake is None:
             return
-        if cancel_pending:
+        if self._ending == "cancelled":
             with self._lock:
                 serials = list(self._ledger.rids)
             self._intake.cancel(serials)
-        elif not wait:
-            self._intake.fail_unfinished(GroupError("the caster was closed before it was materialized"))
+        elif self._ending == "failed":
+            self._intake.fail_unfinished(GroupError(alone.CLOSED))
 
     def _end(self) -> None:
         with self._lock:
             self._closed = True
             self._ledger.clear()
             self._tally_pending()
+        self._replicas.close()
         if self._intake is not None:
             self._intake.close()
 
@@ -512,9 +597,3 @@ class Caster:
 def default_workers() -> int:
     """One a core that this process may use, a few at most: the ranks need cores too."""
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
-
-
-def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"{name}: {value!r} is not a number of seconds")
-    return float(value)

@@ -60,6 +60,8 @@ class Encoded:
         """Bytes of arrays that travel in the blob though they are large enough for the arena."""
         self.inline_arrays = 0
         """How many these are."""
+        self.inlined = False
+        """Whether arrays travel in the blob because they are little together."""
         self.passed_on = 0
         """Arrays that lay in shared memory already."""
 
@@ -283,7 +285,7 @@ def encode(
     pickler.dump(tree)
     # Nothing has been published so far, so a tree that can not be pickled leaves nothing behind.
     encoded = Encoded(arena)
-    all_taken = _small_together(pickler, inline_below) if inline_below else pickler.taken
+    all_taken = _small_together(pickler, inline_below, encoded) if inline_below else pickler.taken
     entries: list[bytes | None] = [None] * len(all_taken)
     try:
         if in_place is not None:
@@ -319,15 +321,16 @@ def encode(
     return encoded
 
 
-def _small_together(pickler: _Pickler, inline_below: int) -> list[_Taken]:
+def _small_together(pickler: _Pickler, inline_below: int, encoded: Encoded) -> list[_Taken]:
     """What was taken, inline where it is little."""
     forms = [
         None if taken.inline or taken.origin is not None else taken.form or tensors.describe(taken.array)
         for taken in pickler.taken
     ]
     total = sum([form.nbytes for form in forms if form is not None])
-    if total >= inline_below:
+    if total >= inline_below or not any(form is not None for form in forms):
         return pickler.taken
+    encoded.inlined = True
     pickler.small += len([form for form in forms if form is not None])
     pickler.small_bytes += total
     return [

@@ -1,12 +1,13 @@
-"""`Delivery`: what a rank does with a message before all ranks agree on it, where every rank is to materialize."""
+"""`Delivery`: what a rank does with a message before all ranks agree on it, and the outcomes that come of it then."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from . import lockstep
-from .errors import HandleError
-from .lockstep import Record
-from .parts import Parts
+from .errors import BackpressureError, HandleError, MaterializeError, shown
+from .lockstep import Head, Record
+from .outcome import Outcome
+from .parts import Parts, Received
 from .replicas import Replicas
 
 
@@ -19,13 +20,16 @@ class Delivery:
         self._replicas = replicas
         self._raws = raws
         self._timeout = timeout
+        self.said: Head | HandleError = HandleError("decode head: none has come")
+        """What the last message has said, or why it is none."""
 
     def finish(self, head: bytes, parts: Parts) -> Parts:
         """See `parts.Finish`: one value for each record that can fail, in their order."""
         try:
-            said = lockstep.read(head, len(parts.values))
-        except HandleError:
-            return parts  # who makes outcomes of it says so
+            self.said = said = lockstep.read(head, len(parts.values))
+        except HandleError as error:
+            self.said = error
+            return parts
         if all(record.end == lockstep.VALUE for record in said.records if record.end in lockstep.CAN_FAIL):
             return parts
         done = Parts()
@@ -59,3 +63,27 @@ class Delivery:
         if end in lockstep.BEGINS:
             return self._replicas.begin(serial, raw)
         return self._replicas.now(raw)
+
+    def outcome(self, rid: Hashable, record: Record, values: Iterator[Received]) -> Outcome | None:
+        """What a record makes of its request, None where it has only begun; ``values``: what came of those that can fail."""
+        serial, end, failure = record
+        if end in lockstep.CAN_FAIL:
+            came = next(values)
+            if end in lockstep.BEGINS:
+                if came.error is None:
+                    return None
+                self._replicas.drop(serial)
+            if came.error is None or end == lockstep.VALUE:
+                return Outcome(rid, *came)
+            error = MaterializeError.of(rid, "GroupError", f"not every rank has materialized it: {came.error}", "")
+            error.__cause__ = came.error.__cause__
+            return Outcome(rid, error=error)
+        if end == lockstep.CANCELLED:
+            self._replicas.drop(serial)
+            return Outcome(rid, cancelled=True)
+        if failure is None:
+            return Outcome(rid)
+        self._replicas.drop(serial, 0.0)
+        if end == lockstep.REFUSED:
+            return Outcome(rid, error=BackpressureError(f"request {shown(rid)} was shed: {failure.text}"))
+        return Outcome(rid, error=MaterializeError.of(rid, *failure))

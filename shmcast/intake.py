@@ -9,12 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import lockstep
 from .codec import Encoded
-from .lockstep import Failure
+from .lockstep import Failure, Record
 from .materializing import Maker
+from .modes import DEFAULT_ROUTE, Route, Way
 from .parts import LAST_BIT
 from .pool import Pool
 from .request import QUEUED, READY, RUNNING, TAKEN, Request
@@ -25,6 +26,13 @@ MAX_VALUES = LAST_BIT + 1
 """So many values a message, so that one that can not be rebuilt somewhere fails alone."""
 _CANCEL_GRACE_S = 10.0
 """How long a materialization that nobody waits for any more may keep its worker."""
+
+
+class Taken(NamedTuple):
+    """What a message says of a request, and the part that goes with it."""
+
+    record: Record
+    part: Encoded | None
 
 
 class Intake:
@@ -53,6 +61,7 @@ class Intake:
         self._unfinished = 0
         self._closed = False
         self._event: int | None = None
+        self._shown = False  # whether the descriptor is to be readable though nothing is here
         self._pool = Pool(self._run, workers, may_start=self._may_start, name="shmcast-worker") if workers else None
 
     @property
@@ -75,12 +84,13 @@ class Intake:
         *,
         raw_bytes: int,
         timeout: float | None,
+        route: Route = DEFAULT_ROUTE,
         urgent: bool = False,
         refusal: str = "",
     ) -> None:
-        """Take a request on. ``urgent``: before all others, whatever is in flight. ``refusal``: why it is not to be
-        materialized, if it is not."""
-        request = Request(serial, rid, raw, timeout)
+        """Take a request on. ``route``: which way it goes. ``urgent``: before all others, whatever is in flight. ``refusal``:
+        why it is not to be materialized, if it is not."""
+        request = Request(serial, rid, raw, timeout, route)
         with self._lock:
             self._requests[serial] = request
             if raw is None:
@@ -90,6 +100,11 @@ class Intake:
             elif self._max_bytes is not None and raw_bytes > self._max_bytes:
                 text = f"{format_bytes(raw_bytes)} of raw data are more than max_inflight_bytes, {format_bytes(self._max_bytes)}"
                 self._settle(request, lockstep.FAILED, failure=Failure("ValueError", text, ""))
+            elif route.way is Way.REPLICATE:
+                request.raw = None  # every rank keeps its own
+                request.raw_bytes = raw_bytes
+                self._raw_bytes += raw_bytes
+                self._settle(request, lockstep.OWN if route.sync else lockstep.BEGIN_OWN)
             else:
                 self._enqueue(request, raw_bytes, urgent)
             self._level()
@@ -201,6 +216,8 @@ class Intake:
                     continue
                 if request.part is not None:
                     parts.append(request.part)
+                if request.route.way is Way.REPLICATE:
+                    self._drop_raw(request)
                 if request.state == QUEUED:
                     request.raw = None
                     self._drop_raw(request)
@@ -280,21 +297,29 @@ class Intake:
                 left = min([until, *deadlines]) - now
                 self._changed.wait(min(max(left, 0.0), threading.TIMEOUT_MAX))
 
-    def take(self, serials: Sequence[int] | None = None) -> list[Request]:
+    def take(self, serials: Sequence[int] | None = None) -> list[Taken]:
         """What goes into the next message: what is ready, in that order, or ``serials``. It is the caller's from here on."""
-        taken: list[Request] = []
+        requests: list[Request] = []
         values = 0
         with self._lock:
             self._expire()
             ready = self._ready.values() if serials is None else [self._ready[serial] for serial in serials]
             for request in ready:
-                values += request.part is not None
+                values += request.end in lockstep.CAN_FAIL
                 if serials is None and values > MAX_VALUES:
                     break
-                taken.append(request)
-            for request in taken:
-                del self._ready[request.serial], self._requests[request.serial]
-                request.state = TAKEN
+                requests.append(request)
+            # As they are now: what only begins with this message may be cancelled before it is made.
+            taken = [Taken(request.record, request.part) for request in requests]
+            for request in requests:
+                del self._ready[request.serial]
+                if request.end in lockstep.BEGINS:
+                    self._begin_everywhere(request)
+                else:
+                    del self._requests[request.serial]
+                    if request.route.way is Way.REPLICATE:
+                        self._drop_raw(request)  # of others a worker may have it still
+                    request.state = TAKEN
                 if request.expired:
                     self._tally.add("outcomes_timeout")
                 self._result_bytes -= request.result_bytes
@@ -303,10 +328,40 @@ class Intake:
             self._level()
         return taken
 
+    def _begin_everywhere(self, request: Request) -> None:
+        """With the lock held: every rank materializes it from here on, this one too, and `made` says when it is done."""
+        request.state, request.part = RUNNING, None
+        self._unfinished += 1
+        self._running[request.serial] = request
+        if request.timeout is not None:
+            request.deadline = time.monotonic() + request.timeout
+
+    def made(self, serial: int) -> None:
+        """Of what every rank materializes: this one is done with it. From any thread."""
+        with self._lock:
+            request = self._running.pop(serial, None)
+            if request is not None and request.state == RUNNING:
+                self._drop_raw(request)
+                self._settle(request, lockstep.BEGUN)
+
+    def forget(self, serial: int) -> None:
+        """A request that has ended though nothing was ready: some rank could not begin it."""
+        with self._lock:
+            request = self._requests.pop(serial, None)
+            self._running.pop(serial, None)
+            self._ready.pop(serial, None)
+            if request is not None and request.state == RUNNING:
+                self._unfinished -= 1
+            if request is not None:
+                self._drop_raw(request)
+                request.state = TAKEN
+            self._signal()
+            self._level()
+
     def fileno(self) -> int:
         """A descriptor that is readable while something is ready, or is for `work` to do. Made when first asked for."""
         with self._lock:
-            if self._closed:
+            if self._closed and not self._shown:
                 raise ValueError("fileno: the caster is closed")
             if self._event is None:
                 self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -318,7 +373,7 @@ class Intake:
         if self._event is not None:
             with suppress(BlockingIOError):  # it is empty already
                 os.eventfd_read(self._event)
-            if self._ready or self._queue:
+            if self._ready or self._queue or self._shown:
                 os.eventfd_write(self._event, 1)
 
     def may_hang(self) -> bool:
@@ -326,9 +381,15 @@ class Intake:
         with self._lock:
             return all(request.deadline is None for request in self._running.values())
 
-    def close(self) -> None:
+    def show(self, ready: bool) -> None:
+        """After `close` with ``shown``: have the descriptor be readable, or not."""
+        with self._lock:
+            self._shown = ready
+            self._signal()
+
+    def close(self, shown: bool = False) -> None:
         """Forget everything, and take back what was prepared. What is being materialized goes on and is taken back when it
-        comes. Idempotent."""
+        comes. Idempotent. ``shown``: the descriptor stays, and is readable until `show` or another `close`."""
         with self._lock:
             self._closed = True
             parts = [request.part for request in self._requests.values() if request.part is not None]
@@ -340,8 +401,10 @@ class Intake:
             self._ready.clear()
             self._queue.clear()
             self._raw_bytes = self._result_bytes = self._unfinished = 0
-            event, self._event = self._event, None
-            if event is not None:
+            self._shown = shown
+            self._signal()
+            if not shown and self._event is not None:
+                event, self._event = self._event, None
                 os.close(event)
             self._level()
             self._changed.notify_all()

@@ -9,7 +9,9 @@ from .codec import Encoded
 from .content import Hash
 from .group import Group
 from .lockstep import Failure
+from .modes import Way
 from .request import Request
+from .sending import Sender
 from .tally import Tally
 
 
@@ -42,9 +44,12 @@ class Maker(Protocol):
 class Here:
     """A `Maker` that calls the function in its own process."""
 
-    def __init__(self, group: Group, materialize: Callable[..., Any], *, tally: Tally, hash: Hash = True) -> None:
+    def __init__(
+        self, group: Group, sender: Sender, materialize: Callable[..., Any], *, tally: Tally, hash: Hash = True
+    ) -> None:
         """``hash``: of what is made in place."""
         self._group = group
+        self._sender = sender
         self._materialize = materialize
         self._out_name = out_parameter(materialize)
         self._hash = hash
@@ -58,7 +63,7 @@ class Here:
             value = call(self._materialize, raw, self._out_name, None if place is None else place.array)
             if value is None:
                 return Made(lockstep.NONE)
-            return Made(lockstep.VALUE, self._group.prepare(value, in_place=place))
+            return Made(lockstep.VALUE, self._sender.prepare(request, value, place))
         except BaseException as error:
             interrupt = error if isinstance(error, KeyboardInterrupt) else None
             return Made(lockstep.FAILED, failure=lockstep.failure_of(error), interrupt=interrupt)
@@ -74,6 +79,34 @@ class Here:
 
     def _no_room(self, nbytes: int) -> None:
         self._tally.add("out_full")
+
+
+class ByWay:
+    """A `Maker` that makes nothing of raw requests that go raw."""
+
+    def __init__(self, sender: Sender, maker: Maker) -> None:
+        """``maker``: for all others."""
+        self._sender = sender
+        self._maker = maker
+
+    def make(self, request: Request, raw: Any) -> Made:
+        """See `Maker`."""
+        if request.route.way is not Way.RAW:
+            return self._maker.make(request, raw)
+        try:
+            end = lockstep.RAW if request.route.sync else lockstep.BEGIN_RAW
+            return Made(end, self._sender.prepare(request, raw))
+        except BaseException as error:
+            interrupt = error if isinstance(error, KeyboardInterrupt) else None
+            return Made(lockstep.FAILED, failure=lockstep.failure_of(error), interrupt=interrupt)
+
+    def give_up(self, request: Request) -> None:
+        """See `Maker`."""
+        self._maker.give_up(request)
+
+    def close(self) -> None:
+        """See `Maker`."""
+        self._maker.close()
 
 
 def call(materialize: Callable[..., Any], raw: Any, out_name: str | None, out: "Callable[..., Any] | None") -> Any:

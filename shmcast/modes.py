@@ -54,6 +54,9 @@ class Route(NamedTuple):
     sync: bool = False
 
 
+DEFAULT_ROUTE = Route()
+
+
 class Mode(NamedTuple):
     """What chooses."""
 

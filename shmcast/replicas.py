@@ -70,6 +70,10 @@ class Replicas:
         else:
             self._ended(serial)  # as far as it goes without a thread
 
+    def has(self, serial: int) -> bool:
+        """Whether a request has begun, and its value was not taken."""
+        return serial in self._begun
+
     def take(self, serial: int, timeout: float) -> Any:
         """The value of what has begun; waits for it. Raises what materializing raised, and TimeoutError."""
         until = time.monotonic() + timeout

@@ -8,6 +8,7 @@ from typing import Any
 from . import lockstep
 from .codec import Encoded
 from .lockstep import Failure, Record
+from .modes import DEFAULT_ROUTE, Route
 
 NEW, QUEUED, RUNNING, READY, TAKEN = range(5)
 """States: see the diagram in `caster`."""
@@ -27,16 +28,20 @@ class Request:
         "raw_bytes",
         "result_bytes",
         "rid",
+        "route",
         "serial",
         "state",
         "timeout",
     )
 
-    def __init__(self, serial: int, rid: Hashable, raw: Any, timeout: float | None) -> None:
+    def __init__(
+        self, serial: int, rid: Hashable, raw: Any, timeout: float | None, route: Route = DEFAULT_ROUTE
+    ) -> None:
         self.serial = serial
         self.rid = rid
         self.raw = raw
         self.timeout = timeout
+        self.route = route
         self.state = NEW
         self.end = lockstep.NONE
         self.failure: Failure | None = None

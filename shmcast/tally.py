@@ -20,6 +20,10 @@ class Tally:
         self._meter.set(_INDEX[name], value)
         self._meter.peak(_INDEX[f"peak_{name}"], value)
 
+    def gauge(self, name: str, value: int) -> None:
+        """A gauge that has no peak."""
+        self._meter.set(_INDEX[name], value)
+
     def observe(self, name: str, value: int) -> None:
         """A histogram, of ns or of counts."""
         self._meter.observe(_INDEX[name], value)

@@ -31,8 +31,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("meeting", "group"),  # how a group comes about, and what it does
     ("own_arena", "compat", "stages"),  # stand in for functions of engines
     ("lockstep", "pool", "tally"),  # what the entry rank tells the others of requests; threads; counts
-    ("outcome", "request", "ledger", "materializing"),  # what becomes of a request; who makes a value of it
-    ("intake", "caster"),  # requests on the entry rank; on all ranks
+    ("inline", "modes", "outcome", "request", "ledger"),  # which way requests go; what becomes of them
+    ("sending", "materializing", "replicas"),  # who makes a value of a request, and encodes it
+    ("delivery", "alone"),  # what a rank does with a message, and without any
+    ("intake", "limits", "caster"),  # requests on the entry rank; on all ranks
     ("futures",),
 )
 # Looks at arenas from outside: sits on these and on each other in this order, and nothing is built on it.

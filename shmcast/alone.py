@@ -1,0 +1,76 @@
+"""`Alone`: how a rank goes on when the group is broken and every rank was given the raw requests.
+
+Without a message there is nobody who decides, so there is nothing to decide: every rank materializes everything that is
+pending, and has the outcomes of all of it in its next step, in the order in which it came. All ranks have the same then,
+though not always in the same step as the group broke in: one may have had outcomes of the last message that another missed.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+from . import lockstep
+from .errors import GroupError, MaterializeError
+from .group import Group
+from .ledger import Ledger
+from .outcome import Outcome
+from .replicas import Replicas
+
+_FOR_EVER_S = 1e9
+
+_log = logging.getLogger("shmcast")
+
+
+CLOSED = "the caster was closed before it was materialized"
+Ending: TypeAlias = Literal["", "cancelled", "failed"]
+"""How requests end that nobody waits for any more; "": they are waited for."""
+
+
+class Alone:
+    """The requests of one rank, should its group break."""
+
+    def __init__(self, group: Group, ledger: Ledger, raws: "Mapping[int, Any] | None", replicas: Replicas) -> None:
+        """``raws``: by serial number, what this rank was given; None: nothing, so it can not go on."""
+        self._group = group
+        self._ledger = ledger
+        self._raws = raws
+        self._replicas = replicas
+        self.cause: GroupError | None = None
+        """Why it goes on alone, if it does."""
+
+    def check(self, cause: GroupError) -> None:
+        """Raises the cause where this rank can not go on: it has no raw requests, or the group could."""
+        if self._raws is None or self._group.closed or self._group.broken is None:
+            raise cause
+
+    def go(self, cause: GroupError) -> None:
+        """Go on alone from here on: begin what is pending."""
+        # Another one: its frames hold what callers hold.
+        self.cause = type(cause)(*cause.args)
+        _log.error("the ranks go on without each other, each materializes everything: %s", self.cause)
+        for serial in self._ledger.rids:
+            self.begin(serial)
+
+    def begin(self, serial: int) -> None:
+        """Materialize a request in the background, unless that has begun."""
+        raw = None if self._raws is None else self._raws.get(serial)
+        if raw is not None and not self._replicas.has(serial):
+            self._replicas.begin(serial, raw)
+
+    def outcomes(self, serials: "Iterable[int] | None", ending: Ending) -> list[Outcome]:
+        """Of these, or of all that is pending; waits for them, however long they take, unless nobody does. They are still
+        pending then."""
+        return [self._outcome(serial, ending) for serial in tuple(self._ledger.rids if serials is None else serials)]
+
+    def _outcome(self, serial: int, ending: Ending) -> Outcome:
+        rid = self._ledger.rids[serial]
+        if ending == "cancelled":
+            return Outcome(rid, cancelled=True)
+        if not self._replicas.has(serial):
+            return Outcome(rid)  # it was given None
+        try:
+            if ending:
+                raise GroupError(CLOSED)
+            return Outcome(rid, self._replicas.take(serial, _FOR_EVER_S))
+        except Exception as error:
+            return Outcome(rid, error=MaterializeError.of(rid, *lockstep.failure_of(error)))
