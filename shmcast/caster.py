@@ -427,10 +427,10 @@ class Caster:
     def _threshold(self, inline_bytes: int | str) -> int:
         """In bytes, of results that travel in the message."""
         arena = self._group.arena
-        if inline_bytes != "measure":
-            found = parse_bytes(inline_bytes, "inline_bytes")
-        else:
+        if inline_bytes == "measure":
             found = 0 if arena is None else inline.measured_bytes(arena.namespace, self._group.size)
+        else:
+            found = parse_bytes(inline_bytes, "inline_bytes") if inline_bytes else 0
         self._tally.gauge("inline_bytes", found)
         return found
 

@@ -48,8 +48,10 @@ class Delivery:
         elif done.interrupt is None:
             try:
                 done.values[number] = self._done(record, None if part is None else parts.values[part])
-            except BaseException as error:
+            except (Exception, KeyboardInterrupt) as error:
                 done.fail(number, error)
+            except BaseException as error:  # what ends a program where it is raised on purpose ends one request here
+                done.fail(number, RuntimeError(f"{type(error).__name__}: {error}"))
 
     def _done(self, record: Record, came: Any) -> Any:
         serial, end, _ = record

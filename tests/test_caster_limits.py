@@ -196,11 +196,11 @@ def test_block_that_does_not_help_sheds(group: shmcast.Group, maker: Maker) -> N
         for number in range(3):
             caster.submit(number, 5)
         # All waits between two messages together are bounded, because other ranks wait for the next one.
-        assert caster._block_left == 0.0
+        assert caster._limits._block_left == 0.0
         outcomes = caster.step()
         assert [outcome.rid for outcome in outcomes] == [0, 1, 2]
         assert all(isinstance(outcome.error, BackpressureError) for outcome in outcomes)
-        assert caster._block_left == 0.02
+        assert caster._limits._block_left == 0.02
         maker.open("a")
         assert outcomes_of(free(caster)) == {"a": "a"}
 
@@ -416,10 +416,10 @@ def test_close_waits_for_what_has_a_timeout(
     # after some messages that say nothing
     original = group.exchange
 
-    def exchange(blob: Any = None) -> Any:
+    def exchange(blob: Any = None, finish: Any = None) -> Any:
         if group.step >= 3:
             maker.open("slow")
-        return original(blob)
+        return original(blob, finish)
 
     monkeypatch.setattr(group, "exchange", exchange)
     assert outcomes_of(slow.close()) == {"slow": "slow"}
@@ -433,10 +433,10 @@ def test_a_batch_that_takes_long_is_not_silent(
     original = group.exchange
     values: list[int] = []
 
-    def exchange(blob: Any = None) -> Any:
+    def exchange(blob: Any = None, finish: Any = None) -> Any:
         if group.step >= 3:
             maker.open("slow")
-        head, received = original(blob)
+        head, received = original(blob, finish)
         values.append(len(received))
         return head, received
 

@@ -24,9 +24,14 @@ RECORDS = [
     Record(4, lockstep.REFUSED, Failure("", "full", "")),
     Record(1, lockstep.CANCELLED),
     Record(5, lockstep.VALUE),
+    Record(2, lockstep.BEGIN_RAW),
+    Record(8, lockstep.BEGIN_OWN),
+    Record(9, lockstep.BEGUN),
+    Record(10, lockstep.RAW),
+    Record(7, lockstep.OWN),
 ]
-HEAD = Head(lockstep.STEP, 7, 0x0123456789ABCDEF, 1 << 40, RECORDS)
-PARTS = 2
+HEAD = Head(lockstep.STEP, 11, 0x0123456789ABCDEF, 1 << 40, RECORDS)
+PARTS = 4
 
 
 def test_what_is_written_is_read() -> None:
@@ -36,7 +41,7 @@ def test_what_is_written_is_read() -> None:
 
 
 TEXTS = st.text(max_size=20)
-ENDS = st.sampled_from([lockstep.VALUE, lockstep.NONE, lockstep.CANCELLED])
+ENDS = st.sampled_from([lockstep.VALUE, lockstep.NONE, *range(lockstep.CANCELLED, lockstep.OWN + 1)])
 FAILURES = st.builds(Failure, TEXTS, TEXTS, TEXTS)
 
 
@@ -52,7 +57,7 @@ def test_any_head(call: int, names: int, inflight_bytes: int, ends: dict[int, An
         for serial, end in ends.items()
     ]
     head = Head(call, max(ends, default=-1) + 1, names, inflight_bytes, records)
-    values = sum(record.end == lockstep.VALUE for record in records)
+    values = sum(record.end in lockstep.HAVE_PART for record in records)
     assert lockstep.read(lockstep.write(head), values) == head
 
 
@@ -88,12 +93,12 @@ def flipped(raw: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize(
     ("head", "parts", "text"),
     [
-        (HEAD, 1, "2 records have a value, 1 parts came"),
-        (HEAD, 3, "2 records have a value, 3 parts came"),
-        (HEAD._replace(submitted=6), PARTS, "the last 6, of 6"),
-        (HEAD._replace(records=[*RECORDS, Record(0, lockstep.NONE)]), PARTS, "7 records name 6 requests"),
+        (HEAD, 1, "4 records have a part, 1 parts came"),
+        (HEAD, 5, "4 records have a part, 5 parts came"),
+        (HEAD._replace(submitted=10), PARTS, "the last 10, of 10"),
+        (HEAD._replace(records=[*RECORDS, Record(0, lockstep.NONE)]), PARTS, "12 records name 11 requests"),
         (HEAD._replace(call=2), PARTS, "call 2"),
-        (HEAD._replace(records=[Record(0, 5)]), 0, "record 0 of 1 has end 5"),
+        (HEAD._replace(records=[Record(0, 10)]), 0, "record 0 of 1 has end 10"),
     ],
 )
 def test_what_makes_no_sense_is_refused(head: Head, parts: int, text: str) -> None:
@@ -106,9 +111,9 @@ def test_other_bytes_are_refused() -> None:
     for changed, text in (
         (b"", "0 bytes"),
         (b"shmT" + raw[4:], "starts with b'shmT'"),
-        (raw[:4] + b"\2" + raw[5:], "version 2, this build reads 1"),
+        (raw[:4] + b"\1" + raw[5:], "version 1, this build reads 2"),
         (raw[:6] + b"\1" + raw[7:], "padding 0100"),
-        (raw[:32] + struct.pack("<I", 1 << 31) + raw[36:], "record 6 of 2147483648"),
+        (raw[:32] + struct.pack("<I", 1 << 31) + raw[36:], "record 11 of 2147483648"),
         (raw.replace("ä".encode(), b"\xff\xff"), "invalid start byte"),
     ):
         with pytest.raises(HandleError, match=text):
