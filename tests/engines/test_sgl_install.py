@@ -158,12 +158,25 @@ def test_names_are_what_sglang_makes_of_the_values(sgl, namespace) -> None:
     sglang_install()
     assert [items(sgl, value)[0].hash for value in values()] == expected
     kept = values()[0]
+    assert items(sgl, kept)[0].hash == expected[0]
     calls = []
     with sgl.patched(mm_utils, "hash_feature", lambda value: calls.append(1) or 5):
-        assert [items(sgl, kept)[0].hash for _ in range(9)] == [expected[0]] * 9  # it is known by its digest
+        assert [items(sgl, kept)[0].hash for _ in range(9)] == [expected[0]] * 9  # it is known by its block
         fresh = kept + 1
         assert [items(sgl, fresh)[0].hash for _ in range(9)] == [5] * 9
     assert calls == [1]
+
+
+def test_names_do_not_lean_on_xxh3(sgl, namespace, monkeypatch) -> None:
+    """Who makes two contents of one XXH3-128 must not have the second taken for the first."""
+    from sglang.srt.managers import mm_utils
+
+    sglang_install()
+    monkeypatch.setattr(shmcast.Handle, "digest", property(lambda _: 7))  # all collide
+    one, other = values()[0], values()[0] + 1
+    assert [items(sgl, value)[0].hash for value in (one, other, one)] == [
+        int(mm_utils.hash_feature(value)) for value in (one, other, one)
+    ]
 
 
 def test_names_by_xxh3(sgl, namespace) -> None:

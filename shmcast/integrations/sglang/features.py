@@ -67,10 +67,16 @@ def take_back(handle: Handle) -> None:
         pass  # it has ended already
 
 
-def content_of(tensor: Any) -> int | None:
-    """The digest of a tensor that is kept; None where it is not."""
+def block_of(tensor: Any) -> Handle | None:
+    """The block that has a tensor's values; None where there is none."""
+    origin = lease_of(tensor)
+    if origin is not None:
+        return origin.handle
     kept = _kept.get(id(tensor))
-    return kept.handle.digest if kept is not None and kept.tensor() is tensor else None
+    if kept is None or kept.tensor() is not tensor:
+        return None
+    arena = kept.arena()
+    return None if arena is None or arena.closed else kept.handle
 
 
 def _promised(handle: Handle) -> Handle:
