@@ -63,6 +63,29 @@ def test_an_unknown_hash(monkeypatch, name) -> None:
         sglang.install()
 
 
+@without_sglang
+def test_a_plugin_survives_an_unknown_hash(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("SHMCAST_SGLANG_HASH", "md5")
+    sglang.plugin()
+    assert "not 'md5', which SHMCAST_SGLANG_HASH says" in caplog.text
+
+
+@without_sglang
+def test_an_engine_that_has_lost_a_module_is_refused(monkeypatch, caplog) -> None:
+    """A version that is known, and yet another package."""
+    import sys
+    import types
+
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.23")
+    monkeypatch.setitem(sys.modules, "sglang", types.ModuleType("sglang"))
+    monkeypatch.delitem(sys.modules, "shmcast.integrations.sglang.targets", raising=False)
+    with pytest.raises(shmcast.ShmcastError, match=r"SGLang 0\.5\.23: it is not the one .* ModuleNotFoundError"):
+        sglang.install()
+    sglang.plugin()
+    assert "goes on as it is: ModuleNotFoundError" in caplog.text
+    assert not sglang.installed()
+
+
 def everything():
     """What may be replaced, as it is now."""
     from shmcast.integrations.sglang import targets
@@ -274,3 +297,20 @@ def test_patches_take_back_what_they_found() -> None:
     patches.apply(lambda: pytest.fail("twice"))
     patches.take_back()
     assert Owner.kept == 1 and not hasattr(Owner, "added")
+
+
+@without_sglang
+def test_patches_are_all_or_none() -> None:
+    """Also where one of them can not be put in place."""
+
+    class Owner:
+        kept = 1
+
+    targets = [patches.Target(Owner, "kept", 2), patches.Target(int, "kept", 3), patches.Target(Owner, "added", 4)]
+    with pytest.raises(TypeError):
+        patches.apply(lambda: targets)
+    assert Owner.kept == 1 and not hasattr(Owner, "added") and not patches.applied()
+    no_function = patches.Target(Owner, "kept", 2, ("self",))
+    with pytest.raises(shmcast.ShmcastError, match=r"Owner\.kept is 1, no function of \(self\)"):
+        patches.apply(lambda: [no_function])
+    assert Owner.kept == 1
