@@ -35,7 +35,7 @@ from .content import Hash
 from .errors import GroupError, HandleError, PeerLostError, without_frames
 from .handle import Handle
 from .in_place import InPlace
-from .roster import Roster, ranks_text
+from .roster import Roster, checked_bits, ranks_text
 
 MIN_BYTES = 1024
 """Smaller arrays stay in the pickle. Lower than for `dumps`: a handle costs some 20 µs, but a message that no longer fits
@@ -484,7 +484,8 @@ class Group:
             self._counts["errors"] += 1
             for number in range(len(values)):
                 if failures >> min(number, LAST_BIT) & 1:
-                    values[number] = Received(None, self._failure(number, ranks, causes.get(number)))
+                    who = ranks_text(ranks, len(values) == 1 and take_in is None)  # no more is agreed on
+                    values[number] = Received(None, self._failure(number, who, causes.get(number)))
         return received.head, values
 
     def _rebuild(
@@ -503,7 +504,7 @@ class Group:
                 else:
                     value = pickle.loads(part) if self.mode == "object" else codec.loads(part)
                 if take_in is not None:
-                    missed = take_in(value) << 1
+                    missed = checked_bits(take_in(value)) << 1
             except BaseException as error:
                 causes[number] = without_frames(error) if isinstance(error, Exception) else error
             values.append(Received(value, None))
@@ -532,12 +533,10 @@ class Group:
             self._break(GroupError(f"interrupted by {type(error).__name__}"), before=True)
             raise
 
-    def _failure(self, number: int, ranks: list[int], cause: BaseException | None) -> GroupError:
+    def _failure(self, number: int, who: str, cause: BaseException | None) -> GroupError:
         """The error in place of a part: the same text on every rank, and here also why, if it was here."""
         reason = "" if cause is None or self.consensus else f": {type(cause).__name__}: {cause}"
-        error = GroupError(
-            f"step {self.step}: {ranks_text(ranks)} can not rebuild tree {number} of the message{reason}"
-        )
+        error = GroupError(f"step {self.step}: {who} can not rebuild tree {number} of the message{reason}")
         error.__cause__ = cause
         return error
 

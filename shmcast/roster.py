@@ -10,6 +10,7 @@ Where no memory is shared there are no words: nobody is known to be late or dead
 
 import time
 from collections.abc import Callable
+from operator import index
 
 from . import _native
 from .attach import Peer
@@ -213,6 +214,16 @@ class Roster:
             pause = min(2 * pause, 0.01)
 
 
-def ranks_text(ranks: list[int]) -> str:
-    """``rank 1`` or ``ranks 1, 3``."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def ranks_text(ranks: list[int], all_of_them: bool = True) -> str:
+    """``rank 1`` or ``ranks 1, 3``; where it is not known of each of them, ``one or more of ranks 1, 3``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return ("" if all_of_them else "one or more of ") + "ranks " + ", ".join(map(str, ranks))
+
+
+def checked_bits(missed: int) -> int:
+    """What a rank says that it could not do, beside the bit for the whole. ValueError where it does not fit a word with that."""
+    missed = index(missed)
+    if not 0 <= missed < 1 << 63:
+        raise ValueError(f"take_in: it returned {missed:#x}, which is not 63 bits")
+    return missed
