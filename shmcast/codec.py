@@ -56,6 +56,8 @@ class Encoded:
         """Published by this call, in the encoder's arena."""
         self.leases: list[Lease] = []
         """Of blocks that were there before and have been passed on."""
+        self.granted: set[tuple[int, int, int]] = set()
+        """Which blocks these are: arena, slot, generation."""
         self.inline_bytes = 0
         """Bytes of arrays that travel in the blob though they are large enough for the arena."""
         self.inline_arrays = 0
@@ -423,7 +425,12 @@ def _send_view(
             return None
         encoded.handles.append(handle)
         return handle.to_bytes()
-    origin.lease.grant_to(_named(arena, readers))
+    block = handle.arena, handle.slot, handle.generation
+    if block not in encoded.granted:
+        # Once for all views of it: who reads the message holds the block until it has them all (see `loads`), and a second
+        # grant, which nobody would use up, would make the owner trustee until its deadline.
+        origin.lease.grant_to(_named(arena, readers))
+        encoded.granted.add(block)
     encoded.leases.append(origin.lease)
     return handle.to_bytes()
 

@@ -488,7 +488,8 @@ class Group:
             self._counts["errors"] += 1
             for number in range(len(values)):
                 if failures >> min(number, LAST_BIT) & 1:
-                    values[number] = Received(None, self._failure(number, ranks, causes.get(number)))
+                    who = ranks_text(ranks, len(values) == 1 and take_in is None)  # no more is agreed on
+                    values[number] = Received(None, self._failure(number, who, causes.get(number)))
         return received.head, values
 
     def _take_in(self, failures: int) -> None:
@@ -510,12 +511,10 @@ class Group:
             self._break(GroupError(f"interrupted by {type(error).__name__}"), before=True)
             raise
 
-    def _failure(self, number: int, ranks: list[int], cause: BaseException | None) -> GroupError:
+    def _failure(self, number: int, who: str, cause: BaseException | None) -> GroupError:
         """The error in place of a part: the same text on every rank, and here also why, if it was here."""
         reason = "" if cause is None or self.consensus else f": {type(cause).__name__}: {cause}"
-        error = GroupError(
-            f"step {self.step}: {ranks_text(ranks)} can not rebuild tree {number} of the message{reason}"
-        )
+        error = GroupError(f"step {self.step}: {who} can not rebuild tree {number} of the message{reason}")
         error.__cause__ = cause
         return error
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, NamedTuple, TypeAlias
 
 from .errors import GroupError, without_frames
@@ -64,8 +65,16 @@ def rebuild(
         try:
             value = own[number] if own is not None else loads(part)
             if take_in is not None:
-                parts.missed = take_in(value) << 1
+                parts.missed = _checked_bits(take_in(value)) << 1
         except BaseException as error:
             parts.fail(number, error)
         parts.values.append(value)
     return parts
+
+
+def _checked_bits(missed: int) -> int:
+    """What a rank says that it could not do, beside the bit for the whole. ValueError where it does not fit a word with that."""
+    missed = index(missed)
+    if not 0 <= missed < 1 << 63:
+        raise ValueError(f"take_in: it returned {missed:#x}, which is not 63 bits")
+    return missed

@@ -213,6 +213,8 @@ class Roster:
             pause = min(2 * pause, 0.01)
 
 
-def ranks_text(ranks: list[int]) -> str:
-    """``rank 1`` or ``ranks 1, 3``."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def ranks_text(ranks: list[int], all_of_them: bool = True) -> str:
+    """``rank 1`` or ``ranks 1, 3``; where it is not known of each of them, ``one or more of ranks 1, 3``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return ("" if all_of_them else "one or more of ") + "ranks " + ", ".join(map(str, ranks))

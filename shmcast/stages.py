@@ -21,7 +21,7 @@ from . import arrays, codec
 from .arena import Arena
 from .attach import Peer, attach
 from .codec import Encoded
-from .errors import ArenaError, GroupError, HandleError
+from .errors import ArenaError, GroupError, HandleError, IntegrityError
 from .handle import Handle
 from .own_arena import own_arena
 from .terms import Readers
@@ -170,7 +170,7 @@ def _take(receipt: bytes) -> None:
     if receipt:
         try:
             attach(receipt, verify=True).release()
-        except (HandleError, ArenaError):
+        except (HandleError, IntegrityError, ArenaError):
             pass  # other memory, or another host: the sender goes on with pickles
 
 

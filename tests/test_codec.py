@@ -224,6 +224,38 @@ def test_pass_on_without_an_arena(child, arena, readers) -> None:
     assert peer.receive() == [numbers(7).tobytes(), numbers().tobytes()]
 
 
+def passes_parts_on(parent, blob: bytes) -> None:
+    """Several views of one block in one message."""
+    (array,) = shmcast.loads(blob)
+    again = shmcast.attach(lease_of(array).handle).array  # another lease on the same block
+    parent.send(shmcast.dumps([array[:200], array[200:], array, again], readers=[parent.receive()], min_bytes=1))
+    del array, again
+    parent.send("dropped")
+    parent.receive()
+
+
+def test_parts_of_one_block_are_passed_on_once(child, arena) -> None:
+    """A second grant to the same process would make the owner trustee, and the block would stay after all have let go."""
+    last = child(drops_all)
+    last.send(shmcast.dumps([numbers()], arena))
+    token = last.receive()
+    middle = child(passes_parts_on, shmcast.dumps([numbers(7)], arena))
+    middle.send(token)
+    blob = middle.receive()
+    assert middle.receive() == "dropped"
+    last.send(blob)
+    assert last.receive() == token
+    assert arena.stats()["slots_used"] == 0
+
+
+def drops_all(parent) -> None:
+    while True:
+        tree = shmcast.loads(parent.receive())
+        assert sum(array.nbytes for array in tree) in (BIG * 4, 3 * BIG * 4)
+        del tree
+        parent.send(shmcast.process_token())
+
+
 # ---- encode, as a group uses it
 
 

@@ -313,3 +313,34 @@ def killed(here: Rank):
     except shmcast.GroupError as error:
         here.parent.send(type(error).__name__)
         here.parent.receive()
+
+
+def other_memory(here: Rank):
+    """A receipt that names memory with other bytes in it, as another host's could: the message counts, and goes on."""
+    from shmcast import stages
+
+    if here.rank == 0:
+        before = stages._receipt
+
+        def wrong(*args):
+            receipt = before(*args)
+            return receipt and receipt._replace(hash=receipt.hash ^ 1)
+
+        stages._receipt = wrong
+        try:
+            hand_on(here, request(0), 0, 1)
+        finally:
+            stages._receipt = before
+    elif here.rank == 1:
+        assert is_right(hand_on(here, [], 0, 1), 0)
+    together(here)
+    if here.rank == 0:
+        hand_on(here, request(1), 0, 1)
+    elif here.rank == 1:
+        assert is_right(hand_on(here, [], 0, 1), 1)
+    together(here)
+    end(here)
+
+
+def test_a_receipt_of_other_memory(ranks) -> None:
+    ranks.run(other_memory)

@@ -75,7 +75,9 @@ def recv(socket: "zmq.Socket[Any]", *, flags: int = 0, allow_pickle: bool = True
 
     Unpickles: only from processes that you trust, unless ``allow_pickle=False``; see `codec.loads`, which also says what is
     raised for a message that is none, or whose arrays are gone. That concerns this message alone: the next `recv` gets the
-    next one. ``flags``: as for ``socket.recv``, whose errors (``zmq.Again``, ``zmq.ZMQError``) are raised."""
+    next one. ``flags``: as for ``socket.recv``, whose errors (``zmq.Again``, ``zmq.ZMQError``) are raised. On a socket of
+    ``zmq.asyncio``, a `recv` that is cancelled after its message has come drops the message, and the blocks that were promised
+    with it stay until the ``grant_timeout`` of their arena."""
     return socket.recv_serialized(partial(_read, allow_pickle), flags)
 
 

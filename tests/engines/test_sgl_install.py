@@ -63,6 +63,29 @@ def test_an_unknown_hash(monkeypatch, name) -> None:
         sglang.install()
 
 
+@without_sglang
+def test_a_plugin_survives_an_unknown_hash(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("SHMCAST_SGLANG_HASH", "md5")
+    sglang.plugin()
+    assert "not 'md5', which SHMCAST_SGLANG_HASH says" in caplog.text
+
+
+@without_sglang
+def test_an_engine_that_has_lost_a_module_is_refused(monkeypatch, caplog) -> None:
+    """A version that is known, and yet another package."""
+    import sys
+    import types
+
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.23")
+    monkeypatch.setitem(sys.modules, "sglang", types.ModuleType("sglang"))
+    monkeypatch.delitem(sys.modules, "shmcast.integrations.sglang.targets", raising=False)
+    with pytest.raises(shmcast.ShmcastError, match=r"SGLang 0\.5\.23: it is not the one .* ModuleNotFoundError"):
+        sglang.install()
+    sglang.plugin()
+    assert "goes on as it is: ModuleNotFoundError" in caplog.text
+    assert not sglang.installed()
+
+
 def everything():
     """What may be replaced, as it is now."""
     from shmcast.integrations.sglang import targets
@@ -158,12 +181,25 @@ def test_names_are_what_sglang_makes_of_the_values(sgl, namespace) -> None:
     sglang_install()
     assert [items(sgl, value)[0].hash for value in values()] == expected
     kept = values()[0]
+    assert items(sgl, kept)[0].hash == expected[0]
     calls = []
     with sgl.patched(mm_utils, "hash_feature", lambda value: calls.append(1) or 5):
-        assert [items(sgl, kept)[0].hash for _ in range(9)] == [expected[0]] * 9  # it is known by its digest
+        assert [items(sgl, kept)[0].hash for _ in range(9)] == [expected[0]] * 9  # it is known by its block
         fresh = kept + 1
         assert [items(sgl, fresh)[0].hash for _ in range(9)] == [5] * 9
     assert calls == [1]
+
+
+def test_names_do_not_lean_on_xxh3(sgl, namespace, monkeypatch) -> None:
+    """Who makes two contents of one XXH3-128 must not have the second taken for the first."""
+    from sglang.srt.managers import mm_utils
+
+    sglang_install()
+    monkeypatch.setattr(shmcast.Handle, "digest", property(lambda _: 7))  # all collide
+    one, other = values()[0], values()[0] + 1
+    assert [items(sgl, value)[0].hash for value in (one, other, one)] == [
+        int(mm_utils.hash_feature(value)) for value in (one, other, one)
+    ]
 
 
 def test_names_by_xxh3(sgl, namespace) -> None:
@@ -261,3 +297,20 @@ def test_patches_take_back_what_they_found() -> None:
     patches.apply(lambda: pytest.fail("twice"))
     patches.take_back()
     assert Owner.kept == 1 and not hasattr(Owner, "added")
+
+
+@without_sglang
+def test_patches_are_all_or_none() -> None:
+    """Also where one of them can not be put in place."""
+
+    class Owner:
+        kept = 1
+
+    targets = [patches.Target(Owner, "kept", 2), patches.Target(int, "kept", 3), patches.Target(Owner, "added", 4)]
+    with pytest.raises(TypeError):
+        patches.apply(lambda: targets)
+    assert Owner.kept == 1 and not hasattr(Owner, "added") and not patches.applied()
+    no_function = patches.Target(Owner, "kept", 2, ("self",))
+    with pytest.raises(shmcast.ShmcastError, match=r"Owner\.kept is 1, no function of \(self\)"):
+        patches.apply(lambda: [no_function])
+    assert Owner.kept == 1

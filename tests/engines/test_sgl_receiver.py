@@ -323,7 +323,7 @@ def test_functions_that_were_imported_by_name(ranks) -> None:
     ranks.run(by_name, ranks=THREE)
 
 
-def broadcasts_inputs(here: Rank, install: bool, fail: bool):
+def broadcasts_inputs(here: Rank, install: bool, fail: bool | str):
     """`Scheduler._process_and_broadcast_mm_inputs`, as `--enable-broadcast-mm-inputs-process` has it called."""
     from types import SimpleNamespace
 
@@ -345,7 +345,9 @@ def broadcasts_inputs(here: Rank, install: bool, fail: bool):
             model_config=SimpleNamespace(requires_mm_token_modalities=False),
         )
         raw = sgl.request("a", features(3)).mm_inputs
-        if fail:
+        if fail == "pickling":
+            raw.mm_items[0].model_specific_data["stream"] = (item for item in ())
+        elif fail:
             raw.mm_items[0].feature = raw.mm_items[0].offsets = object()
         with sgl.tensor_parallel(here.group, here.ranks, here.ranks[here.rank]):
             try:
@@ -374,6 +376,12 @@ def test_the_schedulers_own_broadcast(ranks, fail) -> None:
     assert theirs == ours
     assert ours[0] == ours[1] == ours[2]
     assert isinstance(ours[0], str) is fail
+
+
+def test_inputs_that_can_not_be_sent_fail_on_all_ranks(ranks) -> None:
+    """The request, and not the scheduler of the entry rank (with the original that one alone, and the others hang)."""
+    found = ranks.run(broadcasts_inputs, True, "pickling", ranks=THREE)
+    assert all(isinstance(text, str) and "generator" in text for text in found)
 
 
 # ---- attention-DP: two shards of two ranks; context-parallel x tensor-parallel

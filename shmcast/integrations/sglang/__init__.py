@@ -20,6 +20,7 @@ where ranks are on several nodes, and what finds no room (`SHMCAST_MAX_BYTES`).
 
 import logging
 import os
+from collections.abc import Sequence
 from importlib import metadata
 
 from ...compat import close_groups
@@ -46,16 +47,16 @@ def install(*, hash: str | None = None) -> bool:
     cache keys stay what they were; "xxh3", which costs nothing beside the copy, but is no identity against who makes
     collisions on purpose; "off": by each rank, as before. None: as `HASH_VARIABLE` says.
 
-    ShmcastError on an SGLang that is not known or not what it was, with both versions: nothing is changed then."""
+    ShmcastError on an SGLang that is not known or not what it was, with both versions; ValueError for another hash: nothing is
+    changed then."""
     if os.environ.get(SWITCH) == "0":
         return False
     name = hash or os.environ.get(HASH_VARIABLE) or "sha256"
     if name not in HASHES:
-        raise ValueError(f"install under SGLang: hash is {', '.join(HASHES)}, not {name!r}")
+        given = "" if hash else f", which {HASH_VARIABLE} says"
+        raise ValueError(f"install under SGLang: hash is {', '.join(HASHES)}, not {name!r}{given}")
     _check_version()
-    from . import targets  # only now: it imports SGLang
-
-    patches.apply(targets.targets)
+    patches.apply(_targets)
     set_hash(name)
     leftovers.reclaim()
     return True
@@ -80,8 +81,20 @@ def plugin() -> None:
     try:
         if install():
             _log.info("shmcast carries the multimodal features of this process")
-    except ShmcastError as error:
+    except (ShmcastError, ValueError) as error:
         _log.warning("%s", error)
+
+
+def _targets() -> Sequence[patches.Target]:
+    try:
+        from . import targets  # only now: it imports SGLang
+
+        return targets.targets()
+    except (ImportError, AttributeError) as error:
+        raise ShmcastError(
+            f"install under SGLang {', '.join(KNOWN)}: it is not the one that this build knows, and goes on as it is: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_version() -> None:

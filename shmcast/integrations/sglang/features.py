@@ -1,5 +1,6 @@
 """What this process has published for SGLang: a block a feature, however often the feature is sent."""
 
+import os
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 from ... import _native, arrays, tensors
 from ...arena import Arena
 from ...attach import ANYBODY, attach, lease_of
-from ...errors import StaleHandleError, UnsupportedArrayError
+from ...errors import HandleError, StaleHandleError, UnsupportedArrayError
 from ...handle import Handle
 from ...own_arena import is_own, own_arena
 
@@ -16,6 +17,7 @@ class _Kept(NamedTuple):
     tensor: "weakref.ref[Any]"
     handle: Handle
     arena: "weakref.ref[Arena]"
+    let_go: "weakref.finalize[[int, Handle], Any]"
 
 
 _kept: dict[int, _Kept] = {}
@@ -29,33 +31,28 @@ def promise(tensor: Any) -> Handle:
     The first time the tensor is copied and hashed in one pass. As long as it lives its block is kept, and sending it again
     costs a look at its bytes, lest a tensor that was refilled travels as what it was. A view of a block that is there already
     is not copied at all. OSError where it can not be shared: SGLang sends it inline then."""
-    origin = lease_of(tensor)
-    if origin is not None:
-        return again(origin.handle)
     try:
+        origin = lease_of(tensor)
+        if origin is not None:
+            return _promised(origin.handle)
         arena = own_arena()
         with _lock:
             kept = _kept.get(id(tensor))
             if kept is None or kept.tensor() is not tensor or kept.arena() is not arena or not _holds(kept, tensor):
                 kept = _keep(arena, tensor)
             return arena.alias(kept.handle)
-    except UnsupportedArrayError as error:
+    except (UnsupportedArrayError, HandleError) as error:
         raise OSError(str(error)) from error
     except ValueError as error:  # of the configuration
         raise OSError(f"make an arena: {error}") from error
 
 
 def again(handle: Handle) -> Handle:
-    """A handle of the same block, with one promise more; the same one where that can not be had, as the block is gone."""
+    """A handle of the same block, with one promise more; the same one where that can not be had, as the block is gone or there is no slot."""
     try:
-        arena = is_own(handle.arena)
-        if arena is not None:
-            return arena.alias(handle)
-        with attach(handle) as lease:
-            lease.grant_to((ANYBODY,))
+        return _promised(handle)
     except (StaleHandleError, OSError, ValueError):
-        pass  # who receives it finds that out, and says it
-    return handle
+        return handle  # who receives it finds that out, and says it
 
 
 def take_back(handle: Handle) -> None:
@@ -70,16 +67,35 @@ def take_back(handle: Handle) -> None:
         pass  # it has ended already
 
 
-def content_of(tensor: Any) -> int | None:
-    """The digest of a tensor that is kept; None where it is not."""
+def block_of(tensor: Any) -> Handle | None:
+    """The block that has a tensor's values; None where there is none."""
+    origin = lease_of(tensor)
+    if origin is not None:
+        return origin.handle
     kept = _kept.get(id(tensor))
-    return kept.handle.digest if kept is not None and kept.tensor() is tensor else None
+    if kept is None or kept.tensor() is not tensor:
+        return None
+    arena = kept.arena()
+    return None if arena is None or arena.closed else kept.handle
+
+
+def _promised(handle: Handle) -> Handle:
+    arena = is_own(handle.arena)
+    if arena is not None:
+        return arena.alias(handle)
+    with attach(handle) as lease:
+        lease.grant_to((ANYBODY,))
+    return handle
 
 
 def _keep(arena: Arena, tensor: Any) -> _Kept:
+    before = _kept.get(id(tensor))
+    if before is not None:
+        before.let_go()  # of other values, or in an arena that is closed
     handle = arena.publish(tensor, readers=0, keep=True)
-    kept = _kept[id(tensor)] = _Kept(weakref.ref(tensor), handle, weakref.ref(arena))
-    weakref.finalize(tensor, _let_go, id(tensor), handle).atexit = False
+    let_go = weakref.finalize(tensor, _let_go, id(tensor), handle)
+    let_go.atexit = False
+    kept = _kept[id(tensor)] = _Kept(weakref.ref(tensor), handle, weakref.ref(arena), let_go)
     return kept
 
 
@@ -91,12 +107,22 @@ def _holds(kept: _Kept, tensor: Any) -> bool:
 
 
 def _let_go(key: int, handle: Handle) -> None:
-    """The tensor has gone: what was promised outlives it, the rest of its block does not."""
-    with _lock:
-        kept = _kept.get(key)
-        if kept is None or kept.handle != handle:
-            return
-        del _kept[key]
-        arena = kept.arena()
+    """What was promised outlives the tensor, or the values that it had; the rest of its block does not.
+
+    Takes no lock: the garbage collector calls this in any thread, whatever that holds."""
+    kept = _kept.get(key)
+    if kept is None or kept.handle != handle:
+        return
+    del _kept[key]
+    arena = kept.arena()
     if arena is not None and not arena.closed:
         arena.release(handle)
+
+
+def _forget() -> None:
+    global _lock
+    _lock = threading.RLock()
+    _kept.clear()  # the parent's
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,10 +1,12 @@
 """How features are named: once, in the tokenizer, so that no rank reads their bytes for it."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from ... import tensors
 from ...attach import digest
 from ...errors import UnsupportedArrayError
+from ...handle import Handle
 from . import features, patches
 
 HashName = Literal["sha256", "xxh3", "off"]
@@ -13,8 +15,9 @@ _MASK_64 = (1 << 64) - 1
 _MOST = 1024
 
 _chosen: str = "sha256"
-_known: dict[tuple[int, ...], int] = {}
-"""SHA-256 by SGLang of what has these digests: a feature that is sent n times is hashed once."""
+_known: dict[tuple[Handle, ...], int] = {}
+"""SHA-256 by SGLang of what lies in these blocks: a feature that is sent n times is hashed once. By block, not by the digest
+that we have: whoever can make two contents of one XXH3 would give the second the name of the first."""
 
 
 def set_hash(name: str) -> None:
@@ -48,31 +51,41 @@ def _is_hashable(value: Any) -> bool:
 
 def _hash(value: Any) -> int | None:
     from sglang.srt.environ import envs
-    from sglang.srt.managers.mm_utils import hash_feature
 
     if envs.SGLANG_MM_SKIP_COMPUTE_HASH.get():
         return None  # a random one, which each rank makes for itself
     parts = value if isinstance(value, (list, tuple)) else [value]
     try:
-        digests = tuple([_digest(part) for part in parts])
+        return _xxh3(parts) if _chosen == "xxh3" else _sha256(value, parts)
     except UnsupportedArrayError:
         return None  # sparse, quantized: for SGLang to do as it can
-    if _chosen == "xxh3":
-        return (digests[0] if len(parts) == 1 else digest(list(parts))) & _MASK_64
-    found = _known.get(digests)
-    if found is None:
-        # A list as a list, whatever it is: SGLang hashes the bytes of tuples in another way, and pickles them.
-        found = int(hash_feature(list(value) if isinstance(value, (list, tuple)) else value))
-        if len(_known) >= _MOST:
-            _known.clear()
-        _known[digests] = found
-    return found
+
+
+def _xxh3(parts: Sequence[Any]) -> int:
+    return (_digest(parts[0]) if len(parts) == 1 else digest(list(parts))) & _MASK_64
 
 
 def _digest(part: Any) -> int:
     """Of a tensor that has just been published for free."""
-    known = features.content_of(part)
+    block = features.block_of(part)
+    known = None if block is None else block.digest
     return digest(part) if known is None else known
+
+
+def _sha256(value: Any, parts: Sequence[Any]) -> int:
+    from sglang.srt.managers.mm_utils import hash_feature
+
+    tensors.describe_all(parts)  # or it is none that can be hashed
+    blocks = tuple([block for part in parts if (block := features.block_of(part)) is not None])
+    found = _known.get(blocks) if len(blocks) == len(parts) else None
+    if found is None:
+        # A list as a list, whatever it is: SGLang hashes the bytes of tuples in another way, and pickles them.
+        found = int(hash_feature(list(value) if isinstance(value, (list, tuple)) else value))
+        if len(blocks) == len(parts):
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[blocks] = found
+    return found
 
 
 def _stubs(item: Any) -> list[Any]:

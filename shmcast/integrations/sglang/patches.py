@@ -48,12 +48,16 @@ def apply(targets: Callable[[], Sequence[Target]]) -> None:
         raise ShmcastError(
             "install under SGLang: it is not the one that this build knows, and goes on as it is: " + "; ".join(wrong)
         )
-    for target in wanted:
-        original = vars(target.owner).get(target.name, _MISSING)
-        _change(target.owner, target.name, target.replacement)
-        if target.everywhere:
-            for module in _importers(original, target.owner):
-                _change(module, target.name, target.replacement)
+    try:
+        for target in wanted:
+            original = vars(target.owner).get(target.name, _MISSING)
+            _change(target.owner, target.name, target.replacement)
+            if target.everywhere:
+                for module in _importers(original, target.owner):
+                    _change(module, target.name, target.replacement)
+    except BaseException:
+        take_back()
+        raise
 
 
 def take_back() -> None:
@@ -80,8 +84,9 @@ def original(owner: Any, name: str) -> Any:
 
 
 def _change(owner: Any, name: str, replacement: Any) -> None:
-    _changes.append(_Change(owner, name, vars(owner).get(name, _MISSING)))
+    before = vars(owner).get(name, _MISSING)
     setattr(owner, name, replacement)
+    _changes.append(_Change(owner, name, before))
 
 
 def _importers(function: Any, owner: Any) -> list[types.ModuleType]:
@@ -96,7 +101,10 @@ def _problem(target: Target) -> str:
         return ""
     if found is _MISSING:
         return f"there is no {target.text}"
-    parameters = tuple(inspect.signature(found).parameters)
+    try:
+        parameters = tuple(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return f"{target.text} is {found!r}, no function of ({', '.join(target.parameters)})"
     if parameters != target.parameters:
         return f"{target.text} takes ({', '.join(parameters)}), not ({', '.join(target.parameters)})"
     return ""

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ... import compat
-from ...errors import GroupError
 from ...group import Group
 from ...parts import LAST_BIT
 from . import patches, stubs
@@ -105,10 +104,11 @@ def process_and_broadcast_mm_inputs(self: Any, raw_mm_inputs: Any) -> Any:
     result = _built(self, raw_mm_inputs) if group.rank == group.entry else None
     try:
         result = group.broadcast(result, local=True)
-    except GroupError as error:
-        if group.broken is not None:
+    except Exception as error:
+        if group.broken is not None or group.closed:
             raise
-        raise scheduler._MultimodalInputProcessingError(str(error)) from error  # the same on all ranks
+        # On all ranks: where the inputs can not be encoded the entry rank has whatever says so, the others a GroupError.
+        raise scheduler._MultimodalInputProcessingError(str(error)) from error
     if result.error is not None:
         raise scheduler._MultimodalInputProcessingError(result.error)
     return result.inputs
