@@ -37,6 +37,7 @@ from typing import Any, Literal, TypeAlias
 
 from . import _native, lockstep
 from .content import Hash
+from .desk import CacheKey, make_desk
 from .errors import BackpressureError, GroupError, HandleError, MaterializeError, shown
 from .group import Group, Received
 from .intake import Intake
@@ -80,6 +81,9 @@ class Caster:
         block_timeout: float = 5.0,
         timeout: float | None = None,
         hash: Hash = True,
+        cache_bytes: int | str | None = None,
+        cache_entries: int | None = None,
+        cache_key: CacheKey | None = None,
     ) -> None:
         """All ranks pass the same.
 
@@ -95,6 +99,12 @@ class Caster:
         ``max_pending``: requests between `submit` and outcome. ``max_inflight_bytes``: about what raw requests and results
         that are not delivered may take on the entry rank; nothing more is materialized while results take that much, and one
         request of more fails. ``on_full``: what `submit` does at either limit; see there.
+
+        ``cache_bytes``, ``cache_entries``: answer requests by what equal ones have given, of which that much at most is kept
+        in the arena, the least recently used given up first, and all of it before there is no room for others. Of equal
+        ones that come while one is materialized the others wait for it. None for both: nothing is kept. ``cache_key``:
+        what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`, in a thread that
+        all requests pass. What ``materialize`` makes must depend on the raw request alone then, which nobody changes.
 
         ValueError, TypeError for arguments that are wrong."""
         if executor not in ("thread", "inline"):
@@ -125,11 +135,13 @@ class Caster:
         self._reported_bytes = 0
         self._block_left = self._block_timeout
         self._collected = self._closed = False
+        limits: dict[str, Any] = {"cache_bytes": cache_bytes, "cache_entries": cache_entries, "cache_key": cache_key}
+        desk = make_desk(group, **limits, tally=self._tally)
         self._intake: Intake | None = None
         if group.rank == group.entry:
             threads = workers if executor == "thread" else 0
             maker = Here(group, materialize, tally=self._tally, hash=hash)
-            self._intake = Intake(maker, workers=threads, max_bytes=self._max_bytes, tally=self._tally)
+            self._intake = Intake(maker, workers=threads, max_bytes=self._max_bytes, tally=self._tally, desk=desk)
 
     # ---- any thread
 

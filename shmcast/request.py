@@ -9,7 +9,7 @@ from . import lockstep
 from .codec import Encoded
 from .lockstep import Failure, Record
 
-NEW, QUEUED, RUNNING, READY, TAKEN = range(5)
+NEW, ASKED, WAITING, QUEUED, RUNNING, READY, TAKEN = range(7)
 """States: see the diagram in `caster`."""
 _MAX_NODES = 10_000
 
@@ -22,6 +22,7 @@ class Request:
         "end",
         "expired",
         "failure",
+        "key",
         "part",
         "raw",
         "raw_bytes",
@@ -30,13 +31,17 @@ class Request:
         "serial",
         "state",
         "timeout",
+        "urgent",
     )
 
-    def __init__(self, serial: int, rid: Hashable, raw: Any, timeout: float | None) -> None:
+    def __init__(self, serial: int, rid: Hashable, raw: Any, timeout: float | None, urgent: bool = False) -> None:
         self.serial = serial
         self.rid = rid
         self.raw = raw
         self.timeout = timeout
+        self.urgent = urgent
+        self.key: bytes | None = None
+        """Of its content, where a cache has asked for one and there is one."""
         self.state = NEW
         self.end = lockstep.NONE
         self.failure: Failure | None = None
