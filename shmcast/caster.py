@@ -20,11 +20,22 @@ How a request goes on the entry rank (others only count it, from `submit` to its
               and its worker goes on alone: what it brings is withdrawn by it; if it is out of time, or does not come
               back soon after a cancel, another worker takes its place
 
+Where there is a cache, two states come before "queued", and can be cancelled like it::
+
+       submit ──► asked ──────────► ready      clerk: an equal one has been answered
+                    │ └───────────► queued     clerk: nothing is known, or it has no key
+                    ▼ clerk: an equal one is queued or running, its leader
+                 waiting ─────────► ready      worker: the leader has ended with a value, or None
+                      └───────────► queued     whoever ends the leader without; the first that waits leads the others now
+
+The clerk is a thread of its own, so what is known waits for no worker (the group's thread where executor="inline").
+
 "ready" knows its end: a value (published, a part of the next message), None, an error, cancelled. From "taken" on nothing
 changes it any more, because some rank may have it. So each request has exactly one end, which the entry rank decides, and
 each message says in which order they come. The other ranks do what it says and nothing else.
 
-Who does what: `intake` has these states, `pool` the workers, `lockstep` the bytes, `group` moves them.
+Who does what: `intake` has these states, `pool` the workers, `desk` who waits for whom, `cache` what is kept, `lockstep` the
+bytes, `group` moves them.
 """
 
 import os

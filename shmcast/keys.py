@@ -40,7 +40,9 @@ _MAX_DEPTH = 150
 _POINTER_BYTES = 8
 _HEAP_TYPE = 1 << 9
 """In ``type.__flags__``: a class that was made while the program ran."""
-_IMAGE_STATE = frozenset({"_im", "im", "_mode", "mode", "_size", "palette", "info", "readonly", "pyaccess", "_exif"})
+_IMAGE_STATE = frozenset(
+    {"_im", "im", "_mode", "mode", "_size", "palette", "info", "readonly", "_readonly", "pyaccess", "_exif"}
+)
 """Attributes of a plain PIL image. One that has others is not known well enough."""
 
 _DIGEST = hashlib.sha256
