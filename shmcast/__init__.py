@@ -31,6 +31,7 @@ from .errors import (
 from .futures import FutureCaster
 from .group import Group
 from .handle import Handle
+from .keys import key_of
 from .outcome import Outcome
 from .reservation import Reservation
 from .stages import point_to_point_pyobj
@@ -58,6 +59,7 @@ __all__ = [
     "Caster",
     "Outcome",
     "FutureCaster",
+    "key_of",
     "broadcast_pyobj",
     "point_to_point_pyobj",
     "ShmcastError",

@@ -64,6 +64,7 @@ class Arena:
         self._segments = segments
         self._grant_timeout_ns = grant_timeout_ns
         self._closed = False
+        self._givers: tuple[Callable[[], bool], ...] = ()
         self._sweep_again = 0.0
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
@@ -308,6 +309,18 @@ class Arena:
         self._check_own(handle, "withdraw")
         return self._owner.withdraw(handle.slot, handle.generation)
 
+    # ---- what can be given up
+
+    def on_pressure(self, give_up: Callable[[], bool]) -> None:
+        """Have ``give_up`` called wherever there is no room, again and again until there is: in any thread, with no lock held.
+
+        It gives up something that it holds in this arena; False: it has nothing any more."""
+        self._givers = (*self._givers, give_up)
+
+    def off_pressure(self, give_up: Callable[[], bool]) -> None:
+        """Not any more."""
+        self._givers = tuple([each for each in self._givers if each != give_up])
+
     # ---- the end
 
     def close(self) -> None:
@@ -411,29 +424,40 @@ class Arena:
             raise self._segments.full(action, nbytes, 0.0)
         self._meter.add(_PUBLISH_RETRIES, 1)
         while True:
-            host_is_full = False
-            with self._segments.lock:
-                for make_room in (self._revoke, self._scrub, self._grow):
-                    try:
-                        make_room(nbytes)
-                        result = attempt()
-                    except ArenaFullError:
-                        continue
-                    except ArenaError:
-                        raise
-                    except OSError as error:
-                        if error.errno != errno.ENOSPC:
-                            raise growth.refused(f"{action} in {self!r}: room for", nbytes, error) from None
-                        host_is_full = True
-                        continue
-                    if result is not None:
-                        return result
+            result, host_is_full = self._make_room((self._revoke, self._scrub, self._grow), action, attempt, nbytes)
+            while result is None and any(give_up() for give_up in self._givers):
+                result, host_is_full = self._make_room((self._revoke, self._grow), action, attempt, nbytes)
+            if result is not None:
+                return result
             waited = time.monotonic() - began
             if waited >= timeout:
                 if host_is_full:
                     raise growth.host_full(f"{action} in {self!r}: grow for", nbytes) from None
                 raise self._segments.full(action, nbytes, waited if timeout else 0.0)
             self._owner.wait_freed(int(min(timeout - waited, _WAIT_SLICE_S) * 1e9) + 1)
+
+    def _make_room(
+        self, steps: Sequence[Callable[[int], None]], action: str, attempt: Callable[[], T | None], nbytes: int
+    ) -> tuple[T | None, bool]:
+        """What the attempt gives after one of these steps, and whether the host has refused memory."""
+        host_is_full = False
+        with self._segments.lock:
+            for make_room in steps:
+                try:
+                    make_room(nbytes)
+                    result = attempt()
+                except ArenaFullError:
+                    continue
+                except ArenaError:
+                    raise
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise growth.refused(f"{action} in {self!r}: room for", nbytes, error) from None
+                    host_is_full = True
+                    continue
+                if result is not None:
+                    return result, False
+        return None, host_is_full
 
     def _revoke(self, nbytes: int) -> None:
         self._owner.reclaim(True)

@@ -11,11 +11,13 @@ from .errors import HandleError, UnsupportedArrayError
 
 ndarray: TypeAlias = np.ndarray[Any, Any]
 NDARRAY = np.ndarray
+SCALAR = np.generic
 Buffer: TypeAlias = Any
 """Whatever exports its bytes in one piece; no type says that before Python 3.12."""
 
 _MAX_CODE_LENGTH = 0xFFFF
 _MAX_CACHED = 1024
+_PIECE_BYTES = 1 << 18
 _MAX_CACHED_LENGTH = 256  # of a code; longer ones come from strangers who fill the cache, hardly from anybody else
 
 
@@ -147,6 +149,15 @@ def describe_all(things: Iterable[Any], other: Callable[[Any], Form]) -> list[Fo
 
 def _copy(array: ndarray, target: Buffer) -> None:
     np.copyto(np.ndarray(array.shape, array.dtype, target), array, casting="no")
+
+
+def same_bytes(first: Buffer, second: Buffer) -> bool:
+    """Whether two buffers have the same bytes. Without the GIL, piece by piece, so that nothing large is made for it."""
+    one, other = np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8)
+    return one.size == other.size and all(
+        np.array_equal(one[at : at + _PIECE_BYTES], other[at : at + _PIECE_BYTES])
+        for at in range(0, one.size, _PIECE_BYTES)
+    )
 
 
 def contiguous(form: Form) -> Buffer:

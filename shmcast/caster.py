@@ -1,30 +1,18 @@
 """`Caster`: raw requests in, the same outcomes on every rank, materialized once.
 
-How a request goes on the entry rank (others only count it, from `submit` to its outcome)::
+::
 
-     submit: caller                                                              step, collect, cast, close:
-          │                                                                      the one thread of the group
-          │      None, refused, too large
-          ├──────────────────────────────────────────────────────┐
-          ▼                          cancel: caller              ▼          pack                 unpack
-       queued ────────────────────────────────────────────────► ready ──────────────► taken ──────────────► ended
-          │                                                      ▲ │
-          │ start: worker                                        │ └─ cancel: caller; what was published is
-          │ (the group's thread where it is executor="inline")   │    withdrawn, the end is another
-          ▼       materialized and published, or failed: worker  │
-       running ──────────────────────────────────────────────────┤
-          │                          cancel: caller              │
-          ├──────────────────────────────────────────────────────┤
-          │                  out of time: the group's thread     │
-          └──────────────────────────────────────────────────────┘
-              and its worker goes on alone: what it brings is withdrawn by it; if it is out of time, or does not come
-              back soon after a cancel, another worker takes its place
-
-"ready" knows its end: a value (published, a part of the next message), None, an error, cancelled. From "taken" on nothing
-changes it any more, because some rank may have it. So each request has exactly one end, which the entry rank decides, and
-each message says in which order they come. The other ranks do what it says and nothing else.
-
-Who does what: `intake` has these states, `pool` the workers, `lockstep` the bytes, `group` moves them.
+     submit, cast: all ranks, in the same order             `ledger` counts them, `limits` refuses
+          │ on the entry rank, which alone decides          `modes` chooses the way of each
+          ▼
+     materialized in the background                         `intake` has the states, `pool` the threads, `materializing`
+          │                                                 makes values, `desk` and `cache` know what was made before
+          ▼
+     step, cast, collect and apply: one message             `sending` encodes, `lockstep` has its bytes, `group` moves it
+          │ on every rank
+          ▼
+     outcomes, the same everywhere                          `delivery`; `replicas` where every rank materializes; `alone`
+                                                            where the group is broken
 """
 
 import os
@@ -39,6 +27,7 @@ from . import _native, alone, inline, lockstep, modes
 from .alone import Alone
 from .content import Hash
 from .delivery import Delivery
+from .desk import CacheKey, make_desk
 from .errors import GroupError, HandleError
 from .group import Group
 from .intake import Intake
@@ -88,6 +77,9 @@ class Caster:
         block_timeout: float = 5.0,
         timeout: float | None = None,
         hash: Hash = True,
+        cache_bytes: int | str | None = None,
+        cache_entries: int | None = None,
+        cache_key: CacheKey | None = None,
         mode: str | None = None,
         raw_everywhere: bool = False,
         inline_bytes: int | str = "measure",
@@ -106,6 +98,12 @@ class Caster:
         ``max_pending``: requests between `submit` and outcome. ``max_inflight_bytes``: about what raw requests and results
         that are not delivered may take on the entry rank; nothing more is materialized while results take that much, and one
         request of more fails. ``on_full``: what `submit` does at either limit; see there.
+
+        ``cache_bytes``, ``cache_entries``: answer requests by what equal ones have given, of which that much at most is kept
+        in the arena, the least recently used given up first, and all of it before there is no room for others. Of equal
+        ones that come while one is materialized the others wait for it. None for both: nothing is kept. ``cache_key``:
+        what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`, in a thread that
+        all requests pass. What ``materialize`` makes must depend on the raw request alone then, which nobody changes.
 
         ``mode``: which way requests go, see `modes`; "shm" where neither it nor ``SHMCAST_MODE`` says another. ``raw_everywhere``:
         `submit` and `cast` are given the raw requests on every rank, which "replicate" needs; and if the group breaks, each
@@ -138,6 +136,8 @@ class Caster:
         self._raws: dict[int, Any] | None = {} if raw_everywhere else None
         self._awaited: list[int] = []  # requests that the next step waits for
         self._ending: alone.Ending = ""
+        limits: dict[str, Any] = {"cache_bytes": cache_bytes, "cache_entries": cache_entries, "cache_key": cache_key}
+        desk = make_desk(group, **limits, tally=self._tally)
         self._intake: Intake | None = None
         threads = workers if executor == "thread" else 0
         self._replicas = Replicas(materialize, workers=threads, tally=self._tally, ended=self._made)
@@ -146,7 +146,8 @@ class Caster:
         if group.rank == group.entry:
             sender = Sender(group, self._tally, self._threshold(inline_bytes))
             maker = ByWay(sender, Here(group, sender, materialize, tally=self._tally, hash=hash))
-            self._intake = Intake(maker, workers=threads, max_bytes=self._limits.max_bytes, tally=self._tally)
+            max_bytes = self._limits.max_bytes
+            self._intake = Intake(maker, workers=threads, max_bytes=max_bytes, tally=self._tally, desk=desk)
 
     # ---- any thread
 

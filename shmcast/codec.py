@@ -13,7 +13,7 @@ What `dumps` writes, integers little-endian::
 
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from struct import Struct
 from struct import error as struct_error
@@ -313,8 +313,7 @@ def encode(
                     encoded.inline_bytes += form.nbytes
                 parts += _inline_parts(form)
         parts.append(stream.getbuffer())
-        body = b"".join(parts)
-        encoded.blob = _HEAD.pack(MAGIC, VERSION, _native.hash128(body) & _MASK_64) + body
+        encoded.blob = _whole(parts)
     except BaseException:
         encoded.withdraw()
         raise
@@ -450,6 +449,29 @@ def _inline_parts(form: arrays.Form) -> list[Any]:
     head = _INLINE.pack(form.kind == "torch", len(dtype), len(form.shape)) + dtype
     head += b"".join(length.to_bytes(8, "little") for length in form.shape)
     return [_ENTRY.pack(_ARRAY_TAG, len(head) + form.nbytes), head, arrays.contiguous(form)]
+
+
+def _whole(parts: list[Any]) -> bytes:
+    body = b"".join(parts)
+    return _HEAD.pack(MAGIC, VERSION, _native.hash128(body) & _MASK_64) + body
+
+
+def with_handles(blob: bytes, other: Callable[[Handle], "Handle | arrays.Form"]) -> bytes:
+    """The same tree with another handle in place of each that it has, or with the bytes of an array."""
+    entries, pickle_at = _parse(blob)
+    parts: list[Any] = [_COUNT.pack(len(entries))]
+    for tag, start, end in entries:
+        if tag == _ARRAY_TAG:
+            parts.append(memoryview(blob)[start - _ENTRY.size : end])
+            continue
+        found = other(Handle.from_bytes(blob[start:end]))
+        if isinstance(found, Handle):
+            raw = found.to_bytes()
+            parts += _ENTRY.pack(_HANDLE_TAG, len(raw)), raw
+        else:
+            parts += _inline_parts(found)
+    parts.append(memoryview(blob)[pickle_at:])
+    return _whole(parts)
 
 
 # ---- in

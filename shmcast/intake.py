@@ -1,4 +1,38 @@
-"""What the entry rank does with raw requests until their ends go out in a message: see the diagram in `caster`.
+"""What the entry rank does with raw requests until their ends go out in a message.
+
+How a request goes on the entry rank (others only count it, from `submit` to its outcome)::
+
+     submit: caller                                                              step, collect, cast, close:
+          │                                                                      the one thread of the group
+          │      None, refused, too large
+          ├──────────────────────────────────────────────────────┐
+          ▼                          cancel: caller              ▼          pack                 unpack
+       queued ────────────────────────────────────────────────► ready ──────────────► taken ──────────────► ended
+          │                                                      ▲ │
+          │ start: worker                                        │ └─ cancel: caller; what was published is
+          │ (the group's thread where it is executor="inline")   │    withdrawn, the end is another
+          ▼       materialized and published, or failed: worker  │
+       running ──────────────────────────────────────────────────┤
+          │                          cancel: caller              │
+          ├──────────────────────────────────────────────────────┤
+          │                  out of time: the group's thread     │
+          └──────────────────────────────────────────────────────┘
+              and its worker goes on alone: what it brings is withdrawn by it; if it is out of time, or does not come
+              back soon after a cancel, another worker takes its place
+
+Where there is a cache, two states come before "queued", and can be cancelled like it::
+
+       submit ──► asked ──────────► ready      clerk: an equal one has been answered
+                    │ └───────────► queued     clerk: nothing is known, or it has no key
+                    ▼ clerk: an equal one is queued or running, its leader
+                 waiting ─────────► ready      worker: the leader has ended with a value, or None
+                      └───────────► queued     whoever ends the leader without; the first that waits leads the others now
+
+The clerk is a thread of its own, so what is known waits for no worker (the group's thread where executor="inline").
+
+"ready" knows its end: a value (published, a part of the next message), None, an error, cancelled. From "taken" on nothing
+changes it any more, because some rank may have it. So each request has exactly one end, which the entry rank decides, and
+each message says in which order they come. The other ranks do what it says and nothing else.
 
 One lock guards all states. It is never held while a request is materialized or published, nor while something is withdrawn.
 """
@@ -12,13 +46,15 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from . import lockstep
+from .cache import VALUES, Kept
 from .codec import Encoded
+from .desk import Desk
 from .lockstep import Failure, Record
-from .materializing import Maker
+from .materializing import Made, Maker
 from .modes import DEFAULT_ROUTE, Route, Way
 from .parts import LAST_BIT
 from .pool import Pool
-from .request import QUEUED, READY, RUNNING, TAKEN, Request
+from .request import ASKED, QUEUED, READY, RUNNING, TAKEN, WAITING, Request
 from .sizes import format_bytes
 from .tally import Tally
 
@@ -26,6 +62,8 @@ MAX_VALUES = LAST_BIT + 1
 """So many values a message, so that one that can not be rebuilt somewhere fails alone."""
 _CANCEL_GRACE_S = 10.0
 """How long a materialization that nobody waits for any more may keep its worker."""
+_NOT_STARTED = (ASKED, WAITING, QUEUED)
+"""States of requests whose raw data is here."""
 
 
 class Taken(NamedTuple):
@@ -45,9 +83,12 @@ class Intake:
         workers: int,
         max_bytes: int | None,
         tally: Tally,
+        desk: Desk | None = None,
     ) -> None:
-        """``workers``: threads; 0: `work` materializes in its caller's thread."""
+        """``workers``: threads; 0: `work` materializes in its caller's thread. ``desk``: where there is a cache: a thread more
+        asks it, so that what is known waits for no worker."""
         self._maker = maker
+        self._desk = desk
         self._max_bytes = max_bytes
         self._tally = tally
         self._lock = threading.Lock()
@@ -55,7 +96,8 @@ class Intake:
         self._requests: dict[int, Request] = {}  # all that are not taken, by serial number
         self._ready: dict[int, Request] = {}  # in the order in which they became so
         self._running: dict[int, Request] = {}  # whose workers are not given up, cancelled ones included
-        self._queue: deque[Request] = deque()  # of `work`
+        self._asked: deque[Request] = deque()  # of `work`, as the next
+        self._queue: deque[Request] = deque()
         self._raw_bytes = 0
         self._result_bytes = 0
         self._unfinished = 0
@@ -63,6 +105,7 @@ class Intake:
         self._event: int | None = None
         self._shown = False  # whether the descriptor is to be readable though nothing is here
         self._pool = Pool(self._run, workers, may_start=self._may_start, name="shmcast-worker") if workers else None
+        self._clerk = Pool(self._ask, 1, name="shmcast-clerk") if workers and desk is not None else None
 
     @property
     def inflight_bytes(self) -> int:
@@ -71,7 +114,7 @@ class Intake:
 
     @property
     def unfinished(self) -> int:
-        """How many requests wait for a worker or have one."""
+        """How many requests have not ended."""
         return self._unfinished
 
     # ---- in
@@ -90,7 +133,7 @@ class Intake:
     ) -> None:
         """Take a request on. ``route``: which way it goes. ``urgent``: before all others, whatever is in flight. ``refusal``:
         why it is not to be materialized, if it is not."""
-        request = Request(serial, rid, raw, timeout, route)
+        request = Request(serial, rid, raw, timeout, urgent, route)
         with self._lock:
             self._requests[serial] = request
             if raw is None:
@@ -106,24 +149,35 @@ class Intake:
                 self._raw_bytes += raw_bytes
                 self._settle(request, lockstep.OWN if route.sync else lockstep.BEGIN_OWN)
             else:
-                self._enqueue(request, raw_bytes, urgent)
+                self._enqueue(request, raw_bytes)
             self._level()
 
-    def _enqueue(self, request: Request, raw_bytes: int, urgent: bool) -> None:
-        request.state = QUEUED
+    def _enqueue(self, request: Request, raw_bytes: int) -> None:
         request.raw_bytes = raw_bytes
         self._raw_bytes += raw_bytes
         self._unfinished += 1
-        if self._pool is None:
-            self._queue.append(request)
+        if self._desk is None or request.route.way is not Way.SHM:
+            self._queue_up(request)
+        else:
+            request.state = ASKED
+            self._put(request, self._clerk, self._asked)
+
+    def _queue_up(self, request: Request) -> None:
+        """With the lock held: it is to be materialized."""
+        request.state = QUEUED
+        self._put(request, self._pool, self._queue)
+
+    def _put(self, request: Request, pool: "Pool[Request] | None", queue: deque[Request]) -> None:
+        if pool is None:
+            queue.append(request)
             self._signal()
             return
         try:
-            self._pool.put(request, urgent=urgent)
+            pool.put(request, urgent=request.urgent)
         except RuntimeError as error:
-            request.raw = None
-            self._drop_raw(request)
-            self._settle(request, lockstep.FAILED, failure=lockstep.failure_of(error))
+            failure = lockstep.failure_of(error)
+            for each in (request, *self._landed(request)):  # nor would there be a thread for the next of them
+                self._settle(each, lockstep.FAILED, failure=failure)
 
     def room(self, raw_bytes: int) -> bool:
         """Whether so many bytes more are within the limit. What is alone in flight always is."""
@@ -156,19 +210,27 @@ class Intake:
                 request.deadline = time.monotonic() + request.timeout
                 self._changed.notify_all()  # who waits, waits until then at most
         began_ns = time.monotonic_ns()
-        end, part, failure, interrupt = self._maker.make(request, raw)
+        made = self._maker.make(request, raw)
         del raw
         self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
+        kept = self._keep(request, made)
+        end, part, failure, interrupt = made
+        joined: list[Request] = []
         with self._lock:
             self._running.pop(request.serial, None)
             self._drop_raw(request)
             if request.state == RUNNING:
+                if kept is not None:
+                    joined = self._landed(request)
                 self._settle(request, end, part, failure)
                 self._tally.add("materialized_bytes", 0 if part is None else part.array_bytes)
                 part = None
             self._level()
         if part is not None:
             part.withdraw()  # nobody wants it any more
+        if kept is not None:
+            for each in joined:
+                self._answer(each, kept)
         return interrupt
 
     def work(self, until: float, serials: Sequence[int] | None = None) -> None:
@@ -179,20 +241,88 @@ class Intake:
         with self._lock:
             urgent = [self._requests[serial] for serial in serials or () if serial in self._requests]
         for request in urgent:
-            if time.monotonic() >= until:
-                return
-            self._run_here(request)
+            while request.state in _NOT_STARTED:
+                if time.monotonic() >= until:
+                    return
+                self._work_on(request)
         while serials is None and time.monotonic() < until:
             with self._lock:
-                if not self._queue or not self._may_start(self._queue[0]):
+                if self._asked:
+                    request = self._asked.popleft()
+                elif self._queue and self._may_start(self._queue[0]):
+                    request = self._queue.popleft()
+                else:
                     return
-                request = self._queue.popleft()
-            self._run_here(request)
+            self._work_on(request)
+
+    def _work_on(self, request: Request) -> None:
+        if request.state == ASKED:
+            self._ask(request)
+            return
+        with self._lock:
+            leader = self._desk.leader(request) if self._desk is not None and request.state == WAITING else None
+        self._run_here(request if leader is None else leader)
 
     def _run_here(self, request: Request) -> None:
         interrupt = self._run(request)
         if interrupt is not None:
             raise interrupt
+
+    # ---- what is known already
+
+    def _ask(self, request: Request) -> None:
+        """On the clerk's thread, or in `work`: what is to be done for a request that has come."""
+        desk = self._desk
+        with self._lock:
+            raw = request.raw
+            if request.state != ASKED or desk is None:
+                return
+        key = desk.key(raw)
+        del raw
+        with self._lock:
+            if request.state != ASKED:
+                return
+            kept, leader = desk.ask(request, key)
+            if leader is not None:
+                request.state = WAITING
+                if request.urgent and self._pool is not None:
+                    self._pool.hasten(leader)
+            elif kept is None:
+                self._queue_up(request)
+        if kept is not None:
+            self._answer(request, kept)
+
+    def _keep(self, request: Request, made: Made) -> Kept | None:
+        """What can be sent again for whoever has waited for this one; None: they have to go on without."""
+        if self._desk is None or request.key is None or request.state != RUNNING or made.end not in VALUES:
+            return None
+        try:
+            return self._desk.cache.keep(request.key, made.end, made.part)
+        except Exception:  # the arena has ended, or no mapping can be had: what was made is as good as without a cache
+            return None
+
+    def _answer(self, request: Request, kept: Kept) -> None:
+        """End a request that has not started with what an equal one has given."""
+        end, part, failure = kept.end, None, None
+        try:
+            if request.state in _NOT_STARTED and kept.end == lockstep.VALUE:
+                part = self._send(kept)
+        except BaseException as error:
+            end, failure = lockstep.FAILED, lockstep.failure_of(error)
+        with self._lock:
+            if request.state in _NOT_STARTED:
+                self._settle(request, end, part, failure)
+                part = None
+            self._level()
+        if part is not None:
+            part.withdraw()
+
+    def _send(self, kept: Kept) -> Encoded | None:
+        return None if self._desk is None else self._desk.cache.send(kept)
+
+    def _landed(self, request: Request) -> list[Request]:
+        """With the lock held: who has waited for it, if anybody has."""
+        return [] if self._desk is None else self._desk.land(request)
 
     # ---- ends
 
@@ -218,10 +348,7 @@ class Intake:
                     parts.append(request.part)
                 if request.route.way is Way.REPLICATE:
                     self._drop_raw(request)
-                if request.state == QUEUED:
-                    request.raw = None
-                    self._drop_raw(request)
-                elif request.state == RUNNING:
+                if request.state == RUNNING:
                     latest = time.monotonic() + _CANCEL_GRACE_S
                     request.deadline = latest if request.deadline is None else min(request.deadline, latest)
                 self._settle(request, end, failure=failure)
@@ -231,7 +358,10 @@ class Intake:
 
     def _settle(self, request: Request, end: int, part: Encoded | None = None, failure: Failure | None = None) -> None:
         """With the lock held: how a request ends, if that does not change before it is taken."""
-        if request.state in (QUEUED, RUNNING):
+        if request.state in _NOT_STARTED:
+            request.raw = None
+            self._drop_raw(request)
+        if request.state in (*_NOT_STARTED, RUNNING):
             self._unfinished -= 1
         self._result_bytes -= request.result_bytes
         request.result_bytes = 0 if part is None else part.published_bytes + len(part.blob)
@@ -241,6 +371,9 @@ class Intake:
         self._ready[request.serial] = request
         self._signal()
         self._changed.notify_all()
+        following = None if self._desk is None else self._desk.next(request)
+        if following is not None:
+            self._queue_up(following)
 
     def _expire(self) -> None:
         """With the lock held: give up the workers whose time has come."""
@@ -373,7 +506,7 @@ class Intake:
         if self._event is not None:
             with suppress(BlockingIOError):  # it is empty already
                 os.eventfd_read(self._event)
-            if self._ready or self._queue or self._shown:
+            if self._ready or self._asked or self._queue or self._shown:
                 os.eventfd_write(self._event, 1)
 
     def may_hang(self) -> bool:
@@ -399,6 +532,7 @@ class Intake:
                 request.raw_bytes = 0
             self._requests.clear()
             self._ready.clear()
+            self._asked.clear()
             self._queue.clear()
             self._raw_bytes = self._result_bytes = self._unfinished = 0
             self._shown = shown
@@ -408,9 +542,12 @@ class Intake:
                 os.close(event)
             self._level()
             self._changed.notify_all()
-        if self._pool is not None:
-            self._pool.close()
+        for pool in (self._clerk, self._pool):
+            if pool is not None:
+                pool.close()
         self._maker.close()
+        if self._desk is not None:
+            self._desk.close()
         for part in parts:
             part.withdraw()
 

@@ -95,6 +95,16 @@ class Pool(Generic[T]):
                 self._start()
             return True
 
+    def hasten(self, job: T) -> None:
+        """Make a job urgent, if it waits still."""
+        with self._lock:
+            try:
+                self._waiting.remove(job)
+            except ValueError:
+                return
+            self._urgent.append(job)
+            self._work.notify()
+
     def nudge(self) -> None:
         """``may_start`` may give another answer now."""
         with self._lock:

@@ -10,8 +10,8 @@ from .codec import Encoded
 from .lockstep import Failure, Record
 from .modes import DEFAULT_ROUTE, Route
 
-NEW, QUEUED, RUNNING, READY, TAKEN = range(5)
-"""States: see the diagram in `caster`."""
+NEW, ASKED, WAITING, QUEUED, RUNNING, READY, TAKEN = range(7)
+"""States: see the diagram in `intake`."""
 _MAX_NODES = 10_000
 
 
@@ -23,6 +23,7 @@ class Request:
         "end",
         "expired",
         "failure",
+        "key",
         "part",
         "raw",
         "raw_bytes",
@@ -32,16 +33,26 @@ class Request:
         "serial",
         "state",
         "timeout",
+        "urgent",
     )
 
     def __init__(
-        self, serial: int, rid: Hashable, raw: Any, timeout: float | None, route: Route = DEFAULT_ROUTE
+        self,
+        serial: int,
+        rid: Hashable,
+        raw: Any,
+        timeout: float | None,
+        urgent: bool = False,
+        route: Route = DEFAULT_ROUTE,
     ) -> None:
         self.serial = serial
         self.rid = rid
         self.raw = raw
         self.timeout = timeout
+        self.urgent = urgent
         self.route = route
+        self.key: bytes | None = None
+        """Of its content, where a cache has asked for one and there is one."""
         self.state = NEW
         self.end = lockstep.NONE
         self.failure: Failure | None = None

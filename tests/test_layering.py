@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inline", "modes", "outcome", "request", "ledger"),  # which way requests go; what becomes of them
     ("sending", "materializing", "replicas"),  # who makes a value of a request, and encodes it
     ("delivery", "alone"),  # what a rank does with a message, and without any
+    ("keys", "cache", "desk"),  # what equal requests have given
     ("intake", "limits", "caster"),  # requests on the entry rank; on all ranks
     ("futures",),
 )
