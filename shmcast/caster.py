@@ -42,11 +42,12 @@ from .group import Group, Received
 from .intake import Intake
 from .ledger import Ledger
 from .lockstep import Head, Record
-from .materializing import Here
+from .materializing import Here, Maker
 from .outcome import Outcome
 from .request import size_of
 from .sizes import format_bytes, parse_bytes
 from .tally import Tally
+from .workers import Workers, pickled
 
 Predicate: TypeAlias = Callable[[Any], bool]
 OnFull: TypeAlias = Literal["block", "raise", "shed"]
@@ -72,7 +73,7 @@ class Caster:
         group: Group,
         materialize: Callable[..., Any],
         *,
-        executor: Literal["thread", "inline"] = "thread",
+        executor: Literal["thread", "process", "inline"] = "thread",
         workers: int | None = None,
         max_pending: int = 4096,
         max_inflight_bytes: int | str | None = None,
@@ -88,21 +89,25 @@ class Caster:
         in shared memory to be written: what is returned of such arrays is not copied. ``hash=False``: nor are they hashed,
         which saves the one pass over their bytes; `digest` makes one of its own then.
 
-        ``executor``: "thread": in up to ``workers`` threads of the entry rank (default: one a core, 4 at most); "inline": in
-        the thread that calls `step`, `collect`, `cast` or `close` there. ``timeout``: seconds that a materialization may take
-        in a thread; None: any time.
+        ``executor``: "thread": in up to ``workers`` threads of the entry rank (default: one a core, 4 at most); "process": in
+        as many processes of its own, which are there and have imported all when this returns, and write into the arena: for a
+        function that holds the GIL, may crash or never end (``materialize`` and raw requests are pickled for it; see
+        `workers`); "inline": in the thread that calls `step`, `collect`, `cast` or `close` there. ``timeout``: seconds that a
+        materialization may take in a thread or a process, which is killed then; None: any time.
 
         ``max_pending``: requests between `submit` and outcome. ``max_inflight_bytes``: about what raw requests and results
         that are not delivered may take on the entry rank; nothing more is materialized while results take that much, and one
         request of more fails. ``on_full``: what `submit` does at either limit; see there.
 
-        ValueError, TypeError for arguments that are wrong."""
-        if executor not in ("thread", "inline"):
-            raise ValueError(f"executor is 'thread' or 'inline', not {executor!r}")
+        ValueError, TypeError for arguments that are wrong; RuntimeError where worker processes do not come up."""
+        if executor not in ("thread", "process", "inline"):
+            raise ValueError(f"executor is 'thread', 'process' or 'inline', not {executor!r}")
         if on_full not in ("block", "raise", "shed"):
             raise ValueError(f"on_full is 'block', 'raise' or 'shed', not {on_full!r}")
         if not callable(materialize):
             raise TypeError(f"materialize: a function of the raw request is needed, not {materialize!r}")
+        if executor == "process":
+            pickled(materialize)  # on all ranks, so that all of them say so if it can not be
         if max_pending < 1:
             raise ValueError(f"max_pending={max_pending}: at least 1 is needed")
         workers = default_workers() if workers is None else workers
@@ -127,8 +132,8 @@ class Caster:
         self._collected = self._closed = False
         self._intake: Intake | None = None
         if group.rank == group.entry:
-            threads = workers if executor == "thread" else 0
-            maker = Here(group, materialize, tally=self._tally, hash=hash)
+            threads = 0 if executor == "inline" else workers
+            maker = _maker(executor, group, materialize, workers, self._tally, hash)
             self._intake = Intake(maker, workers=threads, max_bytes=self._max_bytes, tally=self._tally)
 
     # ---- any thread
@@ -506,6 +511,14 @@ class Caster:
             self._tally.add(f"outcomes_{name}")
         self._tally.observe("batch_requests", len(outcomes))
         self._tally_pending()
+
+
+def _maker(
+    executor: str, group: Group, materialize: Callable[..., Any], workers: int, tally: Tally, hash: Hash
+) -> Maker:
+    if executor == "process":
+        return Workers(group, materialize, count=workers, tally=tally, hash=hash)
+    return Here(group, materialize, tally=tally, hash=hash)
 
 
 def default_workers() -> int:
