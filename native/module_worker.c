@@ -2,6 +2,8 @@
 #include "module.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <malloc.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -116,8 +118,25 @@ static PyObject *module_end_with_parent(PyObject *Py_UNUSED(module), PyObject *a
     return PyBool_FromLong(getppid() == parent); /* asked after that: otherwise it is gone already */
 }
 
+/* Images and their like are larger than what malloc keeps by itself: each would be mapped, or the heap grown, page by page,
+ * for every request anew, which is a quarter of what a photograph costs. 32 MiB is the most that glibc takes from its heap. */
+static PyObject *module_keep_freed(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long bytes = PyLong_AsLong(argument);
+    if (bytes == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+#ifdef M_TRIM_THRESHOLD
+    int kept = bytes > INT_MAX ? INT_MAX : (int)bytes;
+    return PyBool_FromLong(mallopt(M_MMAP_THRESHOLD, 32 << 20) != 0 && mallopt(M_TRIM_THRESHOLD, kept) != 0);
+#else
+    Py_RETURN_FALSE;
+#endif
+}
+
 PyMethodDef worker_methods[] = {
     {"end_with_parent", module_end_with_parent, METH_O,
      "SIGKILL for this process when the thread ends that has started it; False where its process is gone already."},
+    {"keep_freed", module_keep_freed, METH_O, "Have malloc keep so many freed bytes; False where it can not be told."},
     {NULL, NULL, 0, NULL},
 };

@@ -256,6 +256,9 @@ def end_with_parent(parent: int, /) -> bool:
     """Have this process killed when the thread ends that has started it. ``parent``: its process; False where it has ended
     already. OSError."""
 
+def keep_freed(nbytes: int, /) -> bool:
+    """Have this process's malloc keep so many freed bytes for what comes next; False where it can not be told."""
+
 class Owner:
     """Publisher's side of an arena: allocator, slots, deadlines; all of it private memory of this process.
 

@@ -42,6 +42,10 @@ PLACE = Struct("<IIQ")
 """Number of the block, of the data segment, offset in that."""
 
 
+_KEPT_BYTES = 256 << 20
+"""Freed memory that a worker keeps, so that the next request finds it mapped."""
+
+
 class Setup(NamedTuple):
     """What a worker is started with."""
 
@@ -60,6 +64,8 @@ def main(fd: int, rank: int) -> None:
     # What the terminal sends to all, the rank decides about.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        _native.keep_freed(_KEPT_BYTES)
     link = Connection(fd)
     os.register_at_fork(after_in_child=link.close)  # a child of the function's does not keep it open
     try:

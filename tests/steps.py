@@ -73,6 +73,7 @@ EXEMPT = {
     ("segment.c", "shmc_window_close"): WINDOW,
     ("segment.c", "shmc_window_unmap"): WINDOW,
     ("module_worker.c", "module_end_with_parent"): "asks the kernel to end it with its parent",
+    ("module_worker.c", "module_keep_freed"): PRIVATE,
     ("owner.c", "shmc_owner_takers"): READ_TO_BE_TOLD,
     ("slots.c", "shmc_slot_keep"): "read for the text of an error",
     ("module_lease.c", "lease_pending"): READ_TO_BE_TOLD,
