@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What the parts cost: publish, attach, reserve and seal, broadcast, messages, caster; each beside what it is compared
-with, interleaved.
+"""What the parts cost: publish, attach, reserve and seal, broadcast, messages, caster, its executors; each beside what it is
+compared with, interleaved.
 
 Medians and 99th percentiles. Contents are verified outside the timed windows; what differs is reported and makes the exit
 code 1. Nothing is asserted: the bars that are printed beside the figures are the project's own.
@@ -13,11 +13,11 @@ import json
 import sys
 from typing import Any
 
-from parts import broadcast, casting, memory, messages
+from parts import broadcast, casting, executors, memory, messages
 from parts.figures import MIB
 from tp import machine
 
-PARTS = ("memory", "broadcast", "messages", "caster")
+PARTS = ("memory", "broadcast", "messages", "caster", "executors")
 
 
 def run(parts: list[str], sizes: list[int] | None, repeats: int, quick: bool) -> dict[str, Any]:
@@ -38,13 +38,16 @@ def run(parts: list[str], sizes: list[int] | None, repeats: int, quick: bool) ->
     if "caster" in parts:
         results["caster"] = casting.bench_caster(200 if quick else 1500)
         casting.report(results["caster"])
+    if "executors" in parts:
+        results["executors"] = executors.bench_executors(*((4, 1) if quick else (12, 2)))
+        executors.report(results["executors"])
     return results
 
 
 def wrong_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What did not arrive as it was sent."""
     rows = [row for part in ("publish", "attach", "broadcast") for row in results.get(part, ())]
-    rows += [results[part] for part in ("messages", "caster") if part in results]
+    rows += [results[part] for part in ("messages", "caster", "executors") if part in results]
     return [row for row in rows if not row["verified"]]
 
 

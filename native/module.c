@@ -397,7 +397,7 @@ static int module_execute(PyObject *module)
         {&lease_spec, &state->lease_type},     {&view_spec, &state->view_type},
         {&owner_spec, &state->owner_type},     {&reservation_spec, &state->reservation_type},
         {&fellows_spec, &state->fellows_type}, {&ring_spec, &state->ring_type},
-        {&meter_spec, &state->meter_type},
+        {&meter_spec, &state->meter_type},     {&window_spec, &state->window_type},
     };
     if (!find_exceptions(state)) {
         return -1;
@@ -422,7 +422,7 @@ static int module_execute(PyObject *module)
         PyModule_AddIntConstant(module, "RING_ENTRIES", SHMC_RING_ENTRIES) != 0 ||
         PyModule_AddIntConstant(module, "RING_PAYLOAD_BYTES", SHMC_RING_PAYLOAD_BYTES) != 0 ||
         PyModule_AddIntConstant(module, "PAGE_BYTES", SHMC_PAGE_BYTES) != 0 || !add_metric_constants(module) ||
-        !add_step_constants(module)) {
+        !add_step_constants(module) || PyModule_AddFunctions(module, worker_methods) != 0) {
         return -1;
     }
     return 0;
@@ -443,6 +443,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->fellows_type);
     Py_VISIT(state->ring_type);
     Py_VISIT(state->meter_type);
+    Py_VISIT(state->window_type);
     return 0;
 }
 
@@ -461,6 +462,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->fellows_type);
     Py_CLEAR(state->ring_type);
     Py_CLEAR(state->meter_type);
+    Py_CLEAR(state->window_type);
     return 0;
 }
 

@@ -17,7 +17,7 @@ enum { SHMC_GIL_BYTES = 64 * 1024 };
 struct module_state {
     PyObject *exceptions[SHMC_STATUS_COUNT];
     PyTypeObject *segment_type, *member_type, *lease_type, *view_type, *reservation_type, *owner_type, *fellows_type,
-        *ring_type, *meter_type;
+        *ring_type, *meter_type, *window_type;
 };
 
 /* A copy-on-write mapping of a whole segment. A block lies in it once; leases that need it at the same time have a lane
@@ -120,6 +120,9 @@ bool add_metric_constants(PyObject *module);
 /* module_steps.c */
 bool add_step_constants(PyObject *module);
 
+/* module_worker.c */
+extern PyMethodDef worker_methods[];
+
 /* module_inspect.c */
 PyObject *inspect_control(const struct module_state *state, int fd);
 
@@ -138,6 +141,6 @@ bool as_ranks(PyTypeObject *type, PyObject *arguments, const char *format, Membe
               uint64_t *start);
 
 extern PyType_Spec segment_spec, member_spec, lease_spec, view_spec, reservation_spec, owner_spec, fellows_spec,
-    ring_spec, meter_spec;
+    ring_spec, meter_spec, window_spec;
 
 #endif

@@ -510,8 +510,14 @@ static PyObject *reservation_get_nbytes(ReservationObject *self, void *Py_UNUSED
     return PyLong_FromUnsignedLongLong(self->size_bytes);
 }
 
+static PyObject *reservation_get_place(ReservationObject *self, void *Py_UNUSED(closure))
+{
+    return Py_BuildValue("IK", self->segment->number, (unsigned long long)(self->base - self->segment->shared));
+}
+
 static PyGetSetDef reservation_properties[] = {
     {"nbytes", (getter)reservation_get_nbytes, NULL, "Bytes reserved.", NULL},
+    {"place", (getter)reservation_get_place, NULL, "(number of the data segment, offset in it).", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

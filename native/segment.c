@@ -126,6 +126,52 @@ enum shmc_status shmc_segment_punch(void *writable_base, uint64_t size_bytes)
     return madvise(writable_base, size_bytes, MADV_REMOVE) == 0 ? SHMC_OK : SHMC_ERRNO;
 }
 
+/* ---- windows: one block for one worker ------------------------------------------------------------------------- */
+
+enum shmc_status shmc_window_open(int fd, uint64_t offset_bytes, uint64_t size_bytes, struct shmc_window *window,
+                                  struct shmc_detail *detail)
+{
+    uint64_t file_bytes, length = shmc_round_up(size_bytes, SHMC_PAGE_BYTES);
+    enum shmc_status status = shmc_segment_size(fd, &file_bytes);
+    if (status != SHMC_OK) {
+        return status;
+    }
+    if (offset_bytes > file_bytes || size_bytes > file_bytes - offset_bytes) { /* SIGBUS otherwise */
+        *detail = (struct shmc_detail){file_bytes, offset_bytes + size_bytes};
+        return SHMC_SEGMENT_SHORT;
+    }
+    /* huge pages fit in where addresses and offsets in the file differ by whole ones */
+    uint64_t slack = length >= HUGE_BYTES ? HUGE_BYTES : 0, taken = length + 2 * SHMC_PAGE_BYTES + slack;
+    void *space = mmap(NULL, taken, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) {
+        return SHMC_ERRNO;
+    }
+    uint8_t *base = (uint8_t *)space + SHMC_PAGE_BYTES;
+    base += slack != 0 ? (offset_bytes - (uint64_t)(uintptr_t)base) % HUGE_BYTES : 0;
+    void *mapped = mmap(base, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)offset_bytes);
+    if (mapped == MAP_FAILED || madvise(base, length, MADV_DONTFORK) != 0) {
+        int failure = errno;
+        munmap(space, taken);
+        errno = failure;
+        return SHMC_ERRNO;
+    }
+    shmc_segment_populate(base, length, true);
+    *window = (struct shmc_window){space, taken, base, length};
+    return SHMC_OK;
+}
+
+enum shmc_status shmc_window_close(const struct shmc_window *window)
+{
+    void *mapped = mmap(window->base, window->length_bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    return mapped == MAP_FAILED ? SHMC_ERRNO : SHMC_OK;
+}
+
+void shmc_window_unmap(const struct shmc_window *window)
+{
+    munmap(window->space, window->space_bytes);
+}
+
 /* ---- what was written into a private mapping ------------------------------------------------------------------ */
 
 /* The kernel's interface, declared here because the headers of older distributions lack it (include/uapi/linux/fs.h). */

@@ -41,6 +41,23 @@ enum shmc_status shmc_segment_forget_private(void *base, uint64_t size_bytes);
 /* Whether this process has written into [base, base + size) of a private mapping whose shared twin is `shared`. */
 bool shmc_segment_private_written(void *base, const void *shared, uint64_t size_bytes);
 
+/* One block of a segment, mapped by a process that may write it and nothing else: between two pages that nobody may touch. */
+struct shmc_window {
+    uint8_t *space; /* address space, guard pages included */
+    uint64_t space_bytes;
+    uint8_t *base; /* the block, and the rest of its last page */
+    uint64_t length_bytes;
+};
+
+/* offset_bytes: of a page; the block has its pages to itself. Children do not get it. SEGMENT_SHORT, ERRNO. */
+enum shmc_status shmc_window_open(int fd, uint64_t offset_bytes, uint64_t size_bytes, struct shmc_window *window,
+                                  struct shmc_detail *detail);
+
+/* The block is out of reach from here on, also of threads that write at this moment: private memory is in its place, so
+ * that who has kept an array does no harm, to itself or others. ERRNO: it is not. */
+enum shmc_status shmc_window_close(const struct shmc_window *window);
+void shmc_window_unmap(const struct shmc_window *window);
+
 static inline uint64_t shmc_round_up(uint64_t value, uint64_t power_of_two)
 {
     return (value + power_of_two - 1) & ~(power_of_two - 1);

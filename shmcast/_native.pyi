@@ -232,10 +232,32 @@ class Reservation:
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def place(self) -> tuple[int, int]:
+        """``(number of the data segment, offset in it)``."""
+
     def seal(
         self, count: int, tokens: Sequence[int] | None, keep: bool, timeout_ns: int, hashed: bool, /
     ) -> Published: ...
     def abort(self) -> None: ...
+
+class Window:
+    """One block of somebody else's arena, to be written by a worker process of its owner: ``Window(fd of the data segment,
+    offset, size)``. Exports a writable buffer until it is closed. Around it are pages that nobody may touch, and forked
+    children do not get it. ValueError, LayoutMismatchError (the segment ends before it does), OSError."""
+
+    def __init__(self, fd: int, offset_bytes: int, size_bytes: int, /) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def close(self) -> None:
+        """Nothing that this process does reaches the block any more: who has kept an array, or writes in a thread, has
+        private memory in its place, zeros at first. Idempotent."""
+
+def end_with_parent(parent: int, /) -> bool:
+    """Have this process killed when the thread ends that has started it. ``parent``: its process; False where it has ended
+    already. OSError."""
+
+def keep_freed(nbytes: int, /) -> bool:
+    """Have this process's malloc keep so many freed bytes for what comes next; False where it can not be told."""
 
 class Owner:
     """Publisher's side of an arena: allocator, slots, deadlines; all of it private memory of this process.

@@ -15,26 +15,25 @@
                                                             where the group is broken
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from . import _native, alone, inline, lockstep, modes
+from . import _native, alone, executors, inline, lockstep, modes
 from .alone import Alone
 from .content import Hash
 from .delivery import Delivery
 from .desk import CacheKey, make_desk
 from .errors import GroupError, HandleError
+from .executors import Executor
 from .group import Group
 from .intake import Intake
 from .ledger import Ledger
 from .limits import Limits, OnFull, seconds
 from .lockstep import Head, Record
-from .materializing import ByWay, Here
 from .modes import Mode, Route
 from .outcome import Outcome
 from .parts import Received
@@ -47,7 +46,6 @@ from .tally import Tally
 Predicate: TypeAlias = Callable[[Any], bool]
 
 _CALLS = {lockstep.STEP: "step", lockstep.CAST: "cast"}
-_MAX_WORKERS = 4
 _ALONE = b"shmcast: the entry rank goes on alone"
 """What `Caster.collect` gives then."""
 _LONGEST_SILENCE_S = 10.0
@@ -69,7 +67,7 @@ class Caster:
         group: Group,
         materialize: Callable[..., Any],
         *,
-        executor: Literal["thread", "inline"] = "thread",
+        executor: Executor = "thread",
         workers: int | None = None,
         max_pending: int = 4096,
         max_inflight_bytes: int | str | None = None,
@@ -91,9 +89,11 @@ class Caster:
         in shared memory to be written: what is returned of such arrays is not copied. ``hash=False``: nor are they hashed,
         which saves the one pass over their bytes; `digest` makes one of its own then.
 
-        ``executor``: "thread": in up to ``workers`` threads of the entry rank (default: one a core, 4 at most); "inline": in
-        the thread that calls `step`, `collect`, `cast` or `close` there. ``timeout``: seconds that a materialization may take
-        in a thread; None: any time.
+        ``executor``: "thread": in up to ``workers`` threads of the entry rank (default: one a core, 4 at most); "process": in
+        as many processes of its own, which are there and have imported all when this returns, and write into the arena: for a
+        function that holds the GIL, may crash or never end (``materialize`` and raw requests are pickled for it; see
+        `workers`); "inline": in the thread that calls `step`, `collect`, `cast` or `close` there. ``timeout``: seconds that a
+        materialization may take in a thread or a process, which is killed then; None: any time.
 
         ``max_pending``: requests between `submit` and outcome. ``max_inflight_bytes``: about what raw requests and results
         that are not delivered may take on the entry rank; nothing more is materialized while results take that much, and one
@@ -111,14 +111,8 @@ class Caster:
         private memory. ``inline_bytes``: results with fewer bytes of arrays travel in the message; "measure": from where on
         shared memory is cheaper here, which the entry rank finds out in some 10 ms.
 
-        ValueError, TypeError for arguments that are wrong."""
-        if executor not in ("thread", "inline"):
-            raise ValueError(f"executor is 'thread' or 'inline', not {executor!r}")
-        if not callable(materialize):
-            raise TypeError(f"materialize: a function of the raw request is needed, not {materialize!r}")
-        workers = default_workers() if workers is None else workers
-        if workers < 1:
-            raise ValueError(f"workers={workers}: at least 1 is needed")
+        ValueError, TypeError for arguments that are wrong; RuntimeError where worker processes do not come up."""
+        workers = executors.checked(executor, materialize, workers)
         self._group = group
         self._timeout = None if timeout is None else seconds("timeout", timeout)
         self._silence_s = min(_LONGEST_SILENCE_S, group.timeout / 3)
@@ -139,13 +133,13 @@ class Caster:
         limits: dict[str, Any] = {"cache_bytes": cache_bytes, "cache_entries": cache_entries, "cache_key": cache_key}
         desk = make_desk(group, **limits, tally=self._tally)
         self._intake: Intake | None = None
-        threads = workers if executor == "thread" else 0
+        threads = 0 if executor == "inline" else workers
         self._replicas = Replicas(materialize, workers=threads, tally=self._tally, ended=self._made)
         self._delivery = Delivery(self._replicas, {} if self._raws is None else self._raws, group.timeout / 2)
         self._alone_now = Alone(group, self._ledger, self._raws, self._replicas)
         if group.rank == group.entry:
             sender = Sender(group, self._tally, self._threshold(inline_bytes))
-            maker = ByWay(sender, Here(group, sender, materialize, tally=self._tally, hash=hash))
+            maker = executors.make_maker(executor, group, sender, materialize, workers, tally=self._tally, hash=hash)
             max_bytes = self._limits.max_bytes
             self._intake = Intake(maker, workers=threads, max_bytes=max_bytes, tally=self._tally, desk=desk)
 
@@ -593,8 +587,3 @@ class Caster:
             self._tally.add(f"outcomes_{name}")
         self._tally.observe("batch_requests", len(outcomes))
         self._tally_pending()
-
-
-def default_workers() -> int:
-    """One a core that this process may use, a few at most: the ranks need cores too."""
-    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)

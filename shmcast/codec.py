@@ -25,7 +25,7 @@ from .attach import ANYBODY, Lease, Origin, Peer, attach, lease_of
 from .content import Hash
 from .errors import ArenaFullError, HandleError, UnsupportedArrayError
 from .handle import Handle
-from .in_place import InPlace, Spot
+from .in_place import InPlace, Spot, Spots
 from .terms import Readers
 
 MAGIC = b"shmT"
@@ -181,7 +181,7 @@ def loads(blob: "bytes | bytearray | memoryview", *, allow_pickle: bool = True) 
 # ---- out
 
 
-class _Taken(NamedTuple):
+class Taken(NamedTuple):
     """An array that has left the pickle."""
 
     array: Any
@@ -197,17 +197,17 @@ class _Pickler(pickle.Pickler):
     def __init__(
         self,
         stream: io.BytesIO,
-        arena: Arena | None,
+        shares: bool,
         min_bytes: int,
-        in_place: InPlace | None,
+        in_place: Spots | None,
         refuse_devices: bool,
     ) -> None:
         super().__init__(stream, protocol=5)
         self._refuse_devices = refuse_devices
-        self._arena = arena
+        self._shares = shares
         self._min_bytes = min_bytes
         self._in_place = in_place
-        self.taken: list[_Taken] = []
+        self.taken: list[Taken] = []
         self.small = self.small_bytes = self.unsupported = 0
         """Arrays that travel in the message whatever room there is, by the reason."""
 
@@ -242,7 +242,7 @@ class _Pickler(pickle.Pickler):
                 spot = None if self._in_place is None else self._in_place.spot(thing)
                 origin = None if spot is not None else lease_of(thing)
             if origin is None and spot is None:
-                if self._arena is None and not inline:
+                if not self._shares and not inline:
                     if not always:
                         return NotImplemented
                     inline = True
@@ -252,8 +252,22 @@ class _Pickler(pickle.Pickler):
                 raise
             self.unsupported += not inline  # what is inline has been counted as small
             return NotImplemented
-        self.taken.append(_Taken(thing, origin, form, inline, spot))
+        self.taken.append(Taken(thing, origin, form, inline, spot))
         return _block, (len(self.taken) - 1,)
+
+
+def take_apart(tree: Any, in_place: Spots, min_bytes: int) -> "tuple[bytes, list[Taken]]":
+    """A tree's pickle without its arrays, and these, for `put_together`. ``in_place``: whose ``spot`` is asked of each; see
+    `InPlace.spot`. Raises what pickling raises."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, True, min_bytes, in_place, refuse_devices=False)
+    pickler.dump(tree)
+    return stream.getvalue(), pickler.taken
+
+
+def put_together(pickled: "bytes | memoryview", things: list[Any]) -> Any:
+    """The tree that `take_apart` was given, with these in place of its arrays. Unpickles; raises what that raises."""
+    return _Unpickler(io.BytesIO(pickled), things).load()
 
 
 def encode(
@@ -283,7 +297,7 @@ def encode(
     if arena is not None:
         terms = arena.terms(readers, keep, grant_timeout, hash)
     stream = io.BytesIO()
-    pickler = _Pickler(stream, arena, min_bytes, in_place, refuse_devices)
+    pickler = _Pickler(stream, arena is not None, min_bytes, in_place, refuse_devices)
     pickler.dump(tree)
     # Nothing has been published so far, so a tree that can not be pickled leaves nothing behind.
     encoded = Encoded(arena)
@@ -322,7 +336,7 @@ def encode(
     return encoded
 
 
-def _small_together(pickler: _Pickler, inline_below: int, encoded: Encoded) -> list[_Taken]:
+def _small_together(pickler: _Pickler, inline_below: int, encoded: Encoded) -> list[Taken]:
     """What was taken, inline where it is little."""
     forms = [
         None if taken.inline or taken.origin is not None else taken.form or tensors.describe(taken.array)
@@ -341,8 +355,8 @@ def _small_together(pickler: _Pickler, inline_below: int, encoded: Encoded) -> l
 
 
 def _seal(
-    in_place: InPlace, all_taken: list[_Taken], on_full: OnFull, encoded: Encoded
-) -> tuple[list[_Taken], list[bytes | None]]:
+    in_place: InPlace, all_taken: list[Taken], on_full: OnFull, encoded: Encoded
+) -> tuple[list[Taken], list[bytes | None]]:
     """Publish the blocks that the tree was made in: what is left to publish otherwise, and entries of what was."""
     worth = in_place.worth_sealing([taken.spot for taken in all_taken if taken.spot is not None])
     handles: dict[int, Handle] = {}
@@ -354,7 +368,7 @@ def _seal(
                 raise
             continue
         encoded.handles.append(handles[number])
-    left: list[_Taken] = []
+    left: list[Taken] = []
     entries: list[bytes | None] = []
     for taken in all_taken:
         handle = None if taken.spot is None else handles.get(taken.spot.block)

@@ -11,7 +11,7 @@ An array belongs to a block if its bytes lie in it, whatever it was made of: a p
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import _native, arrays, tensors
 from .arena import Arena
@@ -35,6 +35,13 @@ class Spot(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+class Spots(Protocol):
+    """Blocks that a tree was made in."""
+
+    def spot(self, thing: Any) -> Spot | None:
+        """See `InPlace.spot`."""
 
 
 class _Block(NamedTuple):
@@ -79,15 +86,31 @@ class InPlace:
 
         ValueError for a shape that is none, and once the tree has been encoded; TypeError for a dtype that is none."""
         (_, code, lengths), nbytes = form_of(shape, dtype)
-        if self._arena is not None and nbytes >= self._min_bytes:
-            try:
-                reservation = self._arena.reserve(lengths, dtype, **self._terms)
-            except ArenaFullError:
-                self._no_room(nbytes)
-            else:
-                return self._added(reservation, nbytes)
+        reservation = self._reserved(lengths, dtype, nbytes)
+        if reservation is not None:
+            return self._added(reservation, nbytes)[1]
         self._check_open()
         return arrays.empty(lengths, code)
+
+    def block(self, nbytes: int) -> "tuple[int, arrays.ndarray, tuple[int, int]] | None":
+        """``(number, bytes, (data segment, offset in it))`` of a block for another process to write; None where there is no
+        room. Whoever ends this tree has made sure that nobody writes any more. ValueError as for `array`."""
+        reservation = self._reserved((nbytes,), "uint8", nbytes)
+        if reservation is None:
+            self._check_open()
+            return None
+        place = reservation.place
+        number, array = self._added(reservation, nbytes)
+        return number, array, place
+
+    def _reserved(self, lengths: Sequence[int], dtype: Any, nbytes: int) -> Reservation | None:
+        if self._arena is None or nbytes < self._min_bytes:
+            return None
+        try:
+            return self._arena.reserve(lengths, dtype, **self._terms)
+        except ArenaFullError:
+            self._no_room(nbytes)
+            return None
 
     def spot(self, thing: Any) -> Spot | None:
         """Where an ndarray or tensor lies in these blocks; None: not there, or not in one piece.
@@ -95,26 +118,7 @@ class InPlace:
         ValueError where it lies in a block of an earlier tree."""
         if not self._blocks and self._arena is None:
             return None
-        found = _bytes_of(thing)
-        if found is not None:
-            address, kind, dtype, shape, nbytes = found
-            for number, block in enumerate(self._blocks):
-                offset = address - block.start
-                if 0 <= offset <= block.nbytes - nbytes:
-                    return Spot(number, offset, kind, dtype, shape, nbytes)
-        self._check_origin(thing)
-        return None
-
-    def _check_origin(self, thing: Any) -> None:
-        """ValueError where it lies in a block of an earlier tree, in one piece or not."""
-        if not isinstance(thing, arrays.NDARRAY) or type(arrays.origin(thing)) is not _native.Reservation:
-            return
-        address = arrays.address(thing)  # of its first element, wherever the others are
-        if thing.nbytes and not any(0 <= address - block.start < block.nbytes for block in self._blocks):
-            raise ValueError(
-                f"encode an array of {thing.nbytes} bytes: it lies in a block that was not reserved for this tree, so its bytes "
-                "may be those of another one by now; return a copy instead, or a view of a lease"
-            )
+        return find_spot(thing, [(block.start, block.nbytes) for block in self._blocks], _native.Reservation)
 
     def worth_sealing(self, spots: Sequence[Spot]) -> set[int]:
         """Numbers of the blocks of which these take half at least. Of others the parts are better copied, so that what
@@ -136,19 +140,40 @@ class InPlace:
         for block in blocks:
             block.reservation.abort()
 
-    def _added(self, reservation: Reservation, nbytes: int) -> arrays.ndarray:
+    def _added(self, reservation: Reservation, nbytes: int) -> "tuple[int, arrays.ndarray]":
         array = reservation.array
         with self._lock:
             if not self._ended:
                 self._blocks.append(_Block(reservation, arrays.address(array), nbytes))
-                return array
+                return len(self._blocks) - 1, array
         reservation.abort()
         self._check_open()
-        return array
+        return -1, array
 
     def _check_open(self) -> None:
         if self._ended:
             raise ValueError("reserve an array for a tree: it has been encoded, or has failed")
+
+
+def find_spot(thing: Any, blocks: Sequence[tuple[int, int]], memory: type) -> Spot | None:
+    """Where an ndarray or tensor lies in blocks, each an address and a length; None: not there, or not in one piece.
+
+    ValueError where it lies in a block of an earlier tree; ``memory``: what arrays over blocks are made of."""
+    found = _bytes_of(thing)
+    if found is not None:
+        address, kind, dtype, shape, nbytes = found
+        for number, (start, length) in enumerate(blocks):
+            offset = address - start
+            if 0 <= offset <= length - nbytes:
+                return Spot(number, offset, kind, dtype, shape, nbytes)
+    if isinstance(thing, arrays.NDARRAY) and type(arrays.origin(thing)) is memory:
+        address = arrays.address(thing)  # of its first element, wherever the others are
+        if thing.nbytes and not any(0 <= address - start < length for start, length in blocks):
+            raise ValueError(
+                f"encode an array of {thing.nbytes} bytes: it lies in a block that was not reserved for this tree, so its bytes "
+                "may be those of another one by now; return a copy instead, or a view of a lease"
+            )
+    return None
 
 
 def _bytes_of(thing: Any) -> tuple[int, str, str, tuple[int, ...], int] | None:

@@ -23,6 +23,7 @@ class Request:
         "end",
         "expired",
         "failure",
+        "given_up",
         "key",
         "part",
         "raw",
@@ -61,6 +62,8 @@ class Request:
         """When its worker is given up."""
         self.expired = False
         """Whether its end is that it ran out of time."""
+        self.given_up = False
+        """Whether its `Maker` was told that nobody waits for it; under the maker's lock."""
         self.raw_bytes = self.result_bytes = 0
         """What it counts for in `Intake.inflight_bytes`."""
 

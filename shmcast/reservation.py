@@ -47,6 +47,12 @@ class Reservation:
         return tensors.over_bytes(arrays.flat(block, block.nbytes), self._dtype, self._shape)
 
     @property
+    def place(self) -> tuple[int, int]:
+        """``(number of the data segment, offset in it)``, for a process that maps the block to write it. ValueError once
+        sealed or aborted."""
+        return self._open().place
+
+    @property
     def handle(self) -> Handle:
         """The handle of the sealed block. ValueError before that."""
         if self._handle is None:

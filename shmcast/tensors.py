@@ -148,6 +148,15 @@ def dtype_named(dtype: object) -> "tuple[str, int] | None":
     return (_codes.get(dtype) or _learn(dtype))[0], dtype.itemsize
 
 
+def item_bytes(code: str) -> int:
+    """Bytes of one element. UnsupportedArrayError where torch is not installed, or has no such dtype."""
+    dtype = getattr(import_torch("make a tensor"), code, None) if code in _KNOWN else None
+    if dtype is None:
+        raise UnsupportedArrayError(f"torch has no dtype {code[:200]!r}; take the block as an ndarray")
+    length: int = dtype.itemsize
+    return length
+
+
 # ---- tensors that are views of blocks
 
 

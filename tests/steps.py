@@ -48,6 +48,7 @@ ROW = re.compile(r'^\s*X\((\d+), (\w+), "([^"]*)"\)', re.MULTILINE)
 # (file, function or "*"): why nothing there is numbered. An entry that nothing needs is an error.
 READ_TO_BE_TOLD = "read to be told; nothing is decided by it and nothing written"
 PRIVATE = "memory or a descriptor that no other process can see"
+WINDOW = "a worker's mapping: what it writes there nobody reads before the owner has sealed it"
 METRIC = "a metric: nothing is decided by it, see metrics.h"
 EXEMPT = {
     ("steps.c", "*"): "the steps themselves",
@@ -68,6 +69,11 @@ EXEMPT = {
     ("segment.c", "huge_space"): PRIVATE,
     ("segment.c", "shmc_segment_map"): PRIVATE,
     ("segment.c", "shmc_segment_private_written"): PRIVATE,
+    ("segment.c", "shmc_window_open"): WINDOW,
+    ("segment.c", "shmc_window_close"): WINDOW,
+    ("segment.c", "shmc_window_unmap"): WINDOW,
+    ("module_worker.c", "module_end_with_parent"): "asks the kernel to end it with its parent",
+    ("module_worker.c", "module_keep_freed"): PRIVATE,
     ("owner.c", "shmc_owner_takers"): READ_TO_BE_TOLD,
     ("slots.c", "shmc_slot_keep"): "read for the text of an error",
     ("module_lease.c", "lease_pending"): READ_TO_BE_TOLD,

@@ -494,7 +494,7 @@ def test_a_hung_worker_does_not_keep_the_process(child: Any, closed: bool) -> No
 
 def test_wrong_arguments(group: shmcast.Group) -> None:
     for options, error, text in (
-        ({"executor": "process"}, ValueError, "executor"),
+        ({"executor": "fork"}, ValueError, "executor"),
         ({"on_full": "hope"}, ValueError, "on_full"),
         ({"workers": 0}, ValueError, "workers"),
         ({"max_pending": 0}, ValueError, "max_pending"),

@@ -1,0 +1,50 @@
+"""Who materializes on the entry rank, by the arguments of `Caster`."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from .content import Hash
+from .group import Group
+from .materializing import ByWay, Here, Maker
+from .sending import Sender
+from .tally import Tally
+from .workers import Workers, pickled
+
+Executor: TypeAlias = Literal["thread", "process", "inline"]
+_MAX_WORKERS = 4
+
+
+def checked(executor: Executor, materialize: Callable[..., Any], workers: int | None) -> int:
+    """How many workers there are to be. ValueError, TypeError, on all ranks alike, for what can not be."""
+    if executor not in ("thread", "process", "inline"):
+        raise ValueError(f"executor is 'thread', 'process' or 'inline', not {executor!r}")
+    if not callable(materialize):
+        raise TypeError(f"materialize: a function of the raw request is needed, not {materialize!r}")
+    if executor == "process":
+        pickled(materialize)
+    count = default_workers() if workers is None else workers
+    if count < 1:
+        raise ValueError(f"workers={count}: at least 1 is needed")
+    return count
+
+
+def make_maker(
+    executor: Executor,
+    group: Group,
+    sender: Sender,
+    materialize: Callable[..., Any],
+    workers: int,
+    *,
+    tally: Tally,
+    hash: Hash,
+) -> Maker:
+    """``hash``: of what is made in place. RuntimeError where worker processes do not come up."""
+    if executor == "process":
+        return ByWay(sender, Workers(group, sender, materialize, count=workers, tally=tally, hash=hash))
+    return ByWay(sender, Here(group, sender, materialize, tally=tally, hash=hash))
+
+
+def default_workers() -> int:
+    """One a core that this process may use, a few at most: the ranks need cores too."""
+    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
