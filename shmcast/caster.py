@@ -468,14 +468,16 @@ class Caster:
     def _wait_ready(self, intake: Intake, timeout: float, serials: Sequence[int] | None) -> bool:
         """Wait for ``serials``, or for what was submitted to be done in this step, or for anything. False in vain."""
         now = time.monotonic()
-        if serials is None and self._awaited:
+        until = now + self._silence_s
+        awaited = serials
+        if serials is None:
             with self._lock:
-                serials = tuple(self._awaited)
-        if serials is not None:
-            intake.work(now + self._silence_s, serials)
-        if serials is None or timeout < self._silence_s:
-            intake.work(now + self._silence_s)
-        return intake.wait(now + (self._silence_s if serials is not None else min(timeout, self._silence_s)), serials)
+                awaited = tuple(self._awaited) or None
+        if awaited is not None:
+            intake.work(until, awaited)
+        if serials is None:
+            intake.work(until)
+        return intake.wait(now + min(timeout, self._silence_s) if awaited is None else until, awaited)
 
     def _pack(self, intake: Intake, call: int, serials: Sequence[int] | None, rides: bool = False) -> bytes:
         taken = intake.take(serials)
