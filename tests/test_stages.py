@@ -348,7 +348,7 @@ def test_a_receipt_of_other_memory(ranks) -> None:
 
 def wrong_ranks(here: Rank) -> None:
     for other in (here.rank, 7):
-        with pytest.raises(ValueError, match="this is rank .* the other one"):
+        with pytest.raises(ValueError, match=r"this is rank .* the other one"):
             shmcast.point_to_point_pyobj([1], here.ranks[here.rank], here.group, here.ranks[here.rank], other)
     end(here)
 
