@@ -130,8 +130,8 @@ def point_to_point_pyobj(
 
     Returns on the destination what was sent, large arrays as views: ndarrays are read-only, tensors copy what they write.
     On the source ``[]``, or with ``async_send`` what to wait for: ``for sent in works: sent.work.wait()``. Elsewhere ``[]``.
-    Raises PeerLostError, GroupTimeoutError, GroupError (what came is not the next message), and what `codec.loads` and
-    `codec.dumps` raise."""
+    Raises ValueError (not two ranks of the group), PeerLostError, GroupTimeoutError, GroupError (what came is not the next
+    message), and what `codec.loads` and `codec.dumps` raise."""
     if rank == src:
         sender = _sender(_resolved(group), dst)
         works = sender.send(data)

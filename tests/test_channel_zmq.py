@@ -282,6 +282,27 @@ def test_garbage_over_asyncio(arena, pair) -> None:
     asyncio.run(run())
 
 
+def test_a_recv_that_is_cancelled_before_takes_nothing(arena, pair) -> None:
+    """Begun or not: what is sent after that is the next one's, also in the same turn of the loop."""
+
+    async def run() -> None:
+        context = zmq.asyncio.Context()
+        out, into = pair(maker=context)
+        for has_begun in (False, True):
+            waiting = asyncio.ensure_future(recv(into))
+            if has_begun:
+                await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await send(out, features(3), arena)
+            assert is_alike(await asyncio.wait_for(recv(into), 20.0), 3)
+        context.destroy(linger=0)
+
+    asyncio.run(run())
+    assert live(arena) == 0
+
+
 def test_of_another_host(arena, pair) -> None:
     out, into = pair()
     handle = arena.publish(np.zeros(SIZE), readers=0, keep=True)

@@ -344,3 +344,14 @@ def other_memory(here: Rank):
 
 def test_a_receipt_of_other_memory(ranks) -> None:
     ranks.run(other_memory)
+
+
+def wrong_ranks(here: Rank) -> None:
+    for other in (here.rank, 7):
+        with pytest.raises(ValueError, match=r"this is rank .* the other one"):
+            shmcast.point_to_point_pyobj([1], here.ranks[here.rank], here.group, here.ranks[here.rank], other)
+    end(here)
+
+
+def test_what_is_not_another_rank_is_refused(ranks) -> None:
+    ranks.run(wrong_ranks)

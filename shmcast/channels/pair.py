@@ -44,6 +44,13 @@ class Pair:
     group. One thread a way."""
 
     def __init__(self, process_group: Any, other: int) -> None:
+        """ValueError where that is not another rank of the group: to send there would wait for its timeout."""
+        ranks = dist.get_process_group_ranks(process_group)
+        if other not in ranks or other == dist.get_rank():
+            raise ValueError(
+                f"from one rank to another: this is rank {dist.get_rank()}, the other one {other}, and the group has {ranks}; "
+                "src and dst are ranks in the default group"
+            )
         self._group = process_group
         self._other = other
         self._number = 0

@@ -15,6 +15,7 @@ message was meant for has let go of what it got::
 What was sent and never read is taken back after the arena's ``grant_timeout``, where its owner needs the room.
 """
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -78,10 +79,18 @@ def recv(socket: "zmq.Socket[Any]", *, flags: int = 0, allow_pickle: bool = True
     next one. ``flags``: as for ``socket.recv``, whose errors (``zmq.Again``, ``zmq.ZMQError``) are raised. On a socket of
     ``zmq.asyncio``, a `recv` that is cancelled after its message has come drops the message, and the blocks that were promised
     with it stay until the ``grant_timeout`` of their arena."""
-    return socket.recv_serialized(partial(_read, allow_pickle), flags)
+    asyncio = sys.modules.get("zmq.asyncio")
+    if asyncio is not None and isinstance(socket, asyncio.Socket):
+        return _recv_later(socket, flags, allow_pickle)
+    return _read(socket.recv_multipart(flags), allow_pickle)
 
 
-def _read(allow_pickle: bool, frames: "list[Any]") -> Any:
+async def _recv_later(socket: Any, flags: int, allow_pickle: bool) -> Any:
+    # Not `recv_serialized`: a wait of its that was cancelled still takes what comes in the same turn of the loop.
+    return _read(await socket.recv_multipart(flags), allow_pickle)
+
+
+def _read(frames: "list[Any]", allow_pickle: bool) -> Any:
     if len(frames) != 1:
         raise HandleError(f"receive from a socket: a message of {len(frames)} frames, 1 was expected")
     return codec.loads(frames[0], allow_pickle=allow_pickle)

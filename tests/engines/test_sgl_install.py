@@ -314,3 +314,29 @@ def test_patches_are_all_or_none() -> None:
     with pytest.raises(shmcast.ShmcastError, match=r"Owner\.kept is 1, no function of \(self\)"):
         patches.apply(lambda: [no_function])
     assert Owner.kept == 1
+
+
+@without_sglang
+def test_modules_that_were_imported_meanwhile_get_the_original_back(monkeypatch) -> None:
+    import sys
+    import types
+
+    def fetch(data):
+        return "theirs"
+
+    def replacement(data):
+        return "ours"
+
+    engine, early, late, ours = (
+        types.ModuleType(name) for name in ("engine_x", "engine_x.early", "engine_x.late", "other")
+    )
+    engine.fetch = early.fetch = fetch
+    ours.fetch = replacement
+    for module in (engine, early, late, ours):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    patches.apply(lambda: [patches.Target(engine, "fetch", replacement, ("data",), everywhere=True)])
+    assert engine.fetch is early.fetch is replacement
+    late.fetch = engine.fetch  # from engine_x import fetch
+    patches.take_back()
+    assert engine.fetch is early.fetch is late.fetch is fetch
+    assert ours.fetch is replacement

@@ -32,6 +32,7 @@ class _Change(NamedTuple):
     owner: Any
     name: str
     before: Any
+    replacement: Any
 
 
 _changes: list[_Change] = []
@@ -53,7 +54,7 @@ def apply(targets: Callable[[], Sequence[Target]]) -> None:
             original = vars(target.owner).get(target.name, _MISSING)
             _change(target.owner, target.name, target.replacement)
             if target.everywhere:
-                for module in _importers(original, target.owner):
+                for module in _importers(original, target):
                     _change(module, target.name, target.replacement)
     except BaseException:
         take_back()
@@ -61,9 +62,13 @@ def apply(targets: Callable[[], Sequence[Target]]) -> None:
 
 
 def take_back() -> None:
-    """Everything as it was."""
+    """Everything as it was, also in modules of the engine that have imported what stood there meanwhile."""
     while _changes:
         change = _changes.pop()
+        if isinstance(change.owner, types.ModuleType):
+            for module in _modules():
+                if _is_of_package(module, change.owner) and vars(module).get(change.name) is change.replacement:
+                    setattr(module, change.name, change.before)
         if change.before is _MISSING:
             delattr(change.owner, change.name)
         else:
@@ -86,13 +91,19 @@ def original(owner: Any, name: str) -> Any:
 def _change(owner: Any, name: str, replacement: Any) -> None:
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, replacement)
-    _changes.append(_Change(owner, name, before))
+    _changes.append(_Change(owner, name, before, replacement))
 
 
-def _importers(function: Any, owner: Any) -> list[types.ModuleType]:
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
-    name = function.__name__
-    return [module for module in modules if module is not owner and vars(module).get(name) is function]
+def _importers(function: Any, target: Target) -> list[types.ModuleType]:
+    return [module for module in _modules() if vars(module).get(target.name) is function and module is not target.owner]
+
+
+def _modules() -> list[types.ModuleType]:
+    return [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+
+
+def _is_of_package(module: types.ModuleType, other: types.ModuleType) -> bool:
+    return module.__name__.partition(".")[0] == other.__name__.partition(".")[0]
 
 
 def _problem(target: Target) -> str:
