@@ -1,0 +1,78 @@
+"""Which requests repeat an earlier one, and what an exact cache would make of them: decided before the run, from a seed.
+
+A cache is compared with `simulate_lru`, a count for count model: least recently used first, by bytes and by entries, where
+a request is looked up, and stored at once if it is not there. So is the cache of a caster as long as one request ends before
+the next one comes. Where several are under way at once an equal one joins the first (it is neither found nor made), which
+the model calls a hit: found and joined together are then the model's hits, as long as nothing has to be evicted; what is
+evicted depends on which of them was ready first, which no model of the sequence knows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+K = TypeVar("K", bound=Hashable)
+
+SEQUENCE = (
+    "round(ratio * n) of the n places, all but the first, are repeats: the first so many of "
+    "default_rng(seed).permutation(n - 1) + 1. In order of places, a repeat shows one of the contents shown before, each as "
+    "likely (integers(count) of the same generator); every other place shows the next content, numbered from 0."
+)
+
+
+def key_sequence(n: int, ratio: float, seed: int | Sequence[int]) -> list[int]:
+    """Which content each of `n` requests has, as `SEQUENCE` says: numbers from 0, in order of first appearance."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"make a sequence of keys: ratio {ratio} is not between 0 and 1")
+    rng = np.random.default_rng(seed)
+    repeats = {int(place) + 1 for place in rng.permutation(max(0, n - 1))[: round(ratio * n)]}
+    keys: list[int] = []
+    count = 0
+    for place in range(n):
+        if place in repeats:
+            keys.append(int(rng.integers(count)))
+        else:
+            keys.append(count)
+            count += 1
+    return keys
+
+
+class Simulated(NamedTuple):
+    """What an exact cache has done."""
+
+    hits: int
+    misses: int
+    evicted: int
+    entries: int  # in the end
+    nbytes: int
+
+
+def simulate_lru(
+    keys: Iterable[K], sizes: Mapping[K, int], budget_bytes: int | None, max_entries: int | None
+) -> Simulated:
+    """A cache that sees `keys` one by one and stores whatever it has not got; `sizes`: bytes of each. None: no limit.
+
+    What is larger than the whole budget is not stored, and evicts nothing."""
+    stored: OrderedDict[K, int] = OrderedDict()
+    hits = misses = evicted = nbytes = 0
+    for key in keys:
+        if key in stored:
+            hits += 1
+            stored.move_to_end(key)
+            continue
+        misses += 1
+        size = sizes[key]
+        if max_entries == 0 or (budget_bytes is not None and size > budget_bytes):
+            continue
+        stored[key] = size
+        nbytes += size
+        while (budget_bytes is not None and nbytes > budget_bytes) or (
+            max_entries is not None and len(stored) > max_entries
+        ):
+            nbytes -= stored.popitem(last=False)[1]
+            evicted += 1
+    return Simulated(hits, misses, evicted, len(stored), nbytes)

@@ -1,0 +1,93 @@
+"""The benchmark's repeated requests: the sequence is as stated, and the model of a cache counts as one would by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tp.repeats import Simulated, key_sequence, simulate_lru
+
+
+def repeats(keys: list[int]) -> int:
+    return len(keys) - len(set(keys))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 10, 201])
+def test_as_many_repeat_as_the_ratio_says(n: int, ratio: float, rng: np.random.Generator) -> None:
+    keys = key_sequence(n, ratio, int(rng.integers(1 << 30)))
+    assert len(keys) == n
+    assert repeats(keys) == min(n - 1, round(ratio * n))  # the first can not be one
+
+
+def test_contents_are_numbered_as_they_first_appear(rng: np.random.Generator) -> None:
+    keys = key_sequence(500, 0.5, int(rng.integers(1 << 30)))
+    assert list(dict.fromkeys(keys)) == list(range(250))
+
+
+def test_the_same_seed_gives_the_same_sequence(rng: np.random.Generator) -> None:
+    seed = int(rng.integers(1 << 30))
+    assert key_sequence(100, 0.5, seed) == key_sequence(100, 0.5, seed) != key_sequence(100, 0.5, seed + 1)
+    assert key_sequence(100, 0.5, [seed, 1]) != key_sequence(100, 0.5, [seed, 2])
+    assert key_sequence(0, 0.5, seed) == []
+
+
+def test_the_stated_sequence_stays_what_it_is() -> None:
+    assert key_sequence(12, 0.5, 1) == [0, 0, 0, 1, 2, 2, 0, 3, 1, 4, 5, 3]
+
+
+def test_repeats_show_old_and_new_contents_alike() -> None:
+    keys = key_sequence(4000, 0.5, 3)
+    places = {key: place for place, key in reversed(list(enumerate(keys)))}
+    ages = [keys[place] / (max(keys[:place]) + 1) for place in range(1, 4000) if places[keys[place]] != place]
+    assert np.mean(ages) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        key_sequence(10, ratio, 1)
+
+
+# ---- the model
+
+ONES = dict.fromkeys("abcdef", 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "budget_bytes", "max_entries", "expected"),
+    [
+        ("", None, None, Simulated(0, 0, 0, 0, 0)),
+        ("abcabc", None, None, Simulated(3, 3, 0, 3, 3)),
+        ("abcabc", 3, None, Simulated(3, 3, 0, 3, 3)),
+        ("abcabc", 2, None, Simulated(0, 6, 4, 2, 2)),  # each has just gone when it comes again
+        ("abcabc", None, 2, Simulated(0, 6, 4, 2, 2)),
+        ("abacab", 2, None, Simulated(2, 4, 2, 2, 2)),  # a was used after b, so b goes for c, and then c for b
+        ("abcabc", 0, None, Simulated(0, 6, 0, 0, 0)),
+        ("abcabc", None, 0, Simulated(0, 6, 0, 0, 0)),
+        ("aaaa", 1, 1, Simulated(3, 1, 0, 1, 1)),
+    ],
+)
+def test_the_model_counts(keys: str, budget_bytes: int | None, max_entries: int | None, expected: Simulated) -> None:
+    assert simulate_lru(keys, ONES, budget_bytes, max_entries) == expected
+
+
+def test_bytes_make_room_for_what_is_large() -> None:
+    sizes = {"a": 4, "b": 3, "c": 6, "d": 11}
+    # a goes for c, which fits beside b; d never fits, and takes nothing away; a needs the room of c, which is older than b.
+    assert simulate_lru("abcdcbc", sizes, 9, None) == Simulated(3, 4, 1, 2, 9)
+    assert simulate_lru("abcdcba", sizes, 9, None) == Simulated(2, 5, 2, 2, 7)
+
+
+def test_the_model_agrees_with_stack_distances(rng: np.random.Generator) -> None:
+    """Of entries of one size, a request is found exactly if fewer than so many others came since it was last there."""
+    keys = key_sequence(300, 0.7, int(rng.integers(1 << 30)))
+    for entries in (1, 5, 40):
+        hits = 0
+        for place, key in enumerate(keys):
+            before = keys[:place]
+            if key in before:
+                last = place - 1 - before[::-1].index(key)
+                hits += len(set(keys[last + 1 : place])) < entries
+        assert simulate_lru(keys, dict.fromkeys(keys, 7), None, entries).hits == hits
+        assert simulate_lru(keys, dict.fromkeys(keys, 7), 7 * entries + 6, None).hits == hits
