@@ -9,9 +9,9 @@ evicted depends on which of them was ready first, which no model of the sequence
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -76,3 +76,30 @@ def simulate_lru(
             nbytes -= stored.popitem(last=False)[1]
             evicted += 1
     return Simulated(hits, misses, evicted, len(stored), nbytes)
+
+
+def compared(counters: Mapping[str, int], simulated: Iterable[Simulated]) -> dict[str, Any]:
+    """What a cache has counted over some runs, beside what the model of each says; see above for when they are the same."""
+    models = list(simulated)
+    hits, joined = counters.get("cache_hits", 0), counters.get("cache_joined", 0)
+    model_hits = sum(model.hits for model in models)
+    return {
+        "hits": hits,
+        "joined": joined,
+        "misses": counters.get("cache_misses", 0),
+        "evicted": counters.get("cache_evicted", 0),
+        "simulated_hits": model_hits,
+        "simulated_misses": sum(model.misses for model in models),
+        "simulated_evicted": sum(model.evicted for model in models),
+        "same_hits": hits + joined == model_hits,
+    }
+
+
+def counted(counters: Sequence[Mapping[str, int]], simulated: Sequence[Simulated | None]) -> dict[str, Any]:
+    """For the report: what a strategy has counted in its runs, all together, and for one with a cache the comparison."""
+    total = Counter[str]()
+    for of_run in counters:
+        total.update(of_run)
+    models = [model for model in simulated if model is not None]
+    result: dict[str, Any] = {"counters": dict(total)} if total else {}
+    return result | ({"cache": compared(total, models)} if models else {})

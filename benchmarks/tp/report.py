@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from tp import counted_report
 from tp.config import MIB, Config
 from tp.workloads import WORKLOADS
 
@@ -33,6 +34,7 @@ def tables(document: Document) -> list[str]:
         lines += [f"{scenario['requests']} requests in batches of {scenario['batch']}", ""]
         lines += [*table(_summary(results), results), "", *table(_SPLIT, results), ""]
     lines += _bounds(document["bounds"], document["config"]["tp"])
+    lines += counted_report.lines(document)
     lines += _notes(document)
     if document["config"]["preset"] == "origin":
         lines += ["", *_origin(document["results"])]

@@ -14,6 +14,7 @@ from tp.config import Config, Scenario, scenarios
 from tp.inputs import prepare
 from tp.machine import available_bytes, bounds
 from tp.measure import Collected, Run
+from tp.repeats import key_sequence, simulate_lru
 from tp.strategies import STRATEGIES
 from tp.workloads import make_workload
 from tp.world import ChildError, MemoryPeak, World
@@ -26,26 +27,29 @@ def measure(config: Config, directory: str) -> dict[str, Any]:
     workload = make_workload(config)
     parts = scenarios(config, workload.requests)
     count, slots = max(p.requests for p in parts), max(min(p.batch, p.requests) for p in parts)
-    with progress(count, "request") as bar:
+    keys = key_sequence(count, config.repeat_ratio, config.seed)
+    with progress(max(keys) + 1, "request") as bar:
         bar.set_description("make requests")
-        inputs, costs = prepare(workload, workload.make(count), slots, directory, bar.update)
+        raws = workload.make(max(keys) + 1)
+        inputs, costs = prepare(workload, raws, keys, slots, directory, bar.update)
     check_memory(config.tp * inputs.slot_bytes * slots)
-    limits = bounds(config, costs[: parts[0].requests])
+    limits = bounds(config, [costs[key] for key in keys[: parts[0].requests]])
     world, collected = World(config, directory), list[Collected]()
     try:
         with progress(sum(_batches(p, config.rounds) for p in parts), "batch") as bar:
             bar.set_description("start processes")
             world.start()
             for part in parts:
-                collected += _Part(config, part, world, bar).run()
+                keyed_bytes = [(key, costs[key].nbytes) for key in keys[: part.requests]]
+                collected += _Part(config, part, world, bar, keyed_bytes).run()
         world.stop()
         left = world.remove_leftovers()
     finally:
         world.kill()
-    sizes = [cost.nbytes for cost in costs]
+    sizes = [costs[key].nbytes for key in keys]
     described = {name: value for name, value in asdict(config).items() if name != "token"}
     return {
-        "config": described | {"scenarios": [asdict(p) for p in parts], "request_bytes": sizes},
+        "config": described | {"scenarios": [asdict(p) for p in parts], "request_bytes": sizes, "keys": keys},
         "bounds": limits,
         "results": [c.result() for c in collected],
         "left_in_shm": left,
@@ -55,9 +59,16 @@ def measure(config: Config, directory: str) -> dict[str, Any]:
 class _Part:
     """One scenario. A strategy that fails is left out from then on, and says why."""
 
-    def __init__(self, config: Config, part: Scenario, world: World, bar: tqdm[Any]) -> None:
+    def __init__(
+        self, config: Config, part: Scenario, world: World, bar: tqdm[Any], keyed_bytes: list[tuple[int, int]]
+    ) -> None:
+        """`keyed_bytes`: content of each request, and bytes of its arrays."""
         self.config, self.part, self.world, self.bar = config, part, world, bar
         self.all = [Collected(s, part.batch, part.requests, STRATEGIES[s].once) for s in part.strategies]
+        for collected in self.all:
+            if STRATEGIES[collected.strategy].cached:
+                keys, sizes = [key for key, _ in keyed_bytes], dict(keyed_bytes)
+                collected.simulated = simulate_lru(keys, sizes, config.cache_bytes, config.cache_entries)
 
     def run(self) -> list[Collected]:
         """A first round that warms up, then the rounds that count, strategies in another order in each."""

@@ -33,7 +33,7 @@ class Tokenizer:
 
     def materialize(self, index: int, new: NewArray = np.empty) -> Features:
         """Materialize request `index`; the caller takes the time."""
-        return self.workload.materialize(self.inputs.raws[index], new)
+        return self.workload.materialize(self.inputs.raws[self.inputs.keys[index]], new)
 
     def send(self, payload: bytes | memoryview, materialized_ns: int, materialize_ns: int, publish_ns: int) -> None:
         """Hand one request to rank 0."""
