@@ -234,7 +234,7 @@ def test_a_report_adds_up_what_was_counted_and_compares_a_cache_with_its_model()
     runs = [accounted(reply(good()), reply(good(), entry=False)) for _ in range(2)]
     assert "cache" not in StreamCollected("shm", runs).result()
     for hits, run in enumerate(runs):
-        run.counters, run.simulated = {"cache_hits": hits, "cache_joined": 1, "mode_shm": 7}, Simulated(2, 5, 1, 4, 40)
+        run.counters, run.simulated = {"cache_hits": hits, "cache_joined": 1, "mode_shm": 7}, Simulated(2, 5, 1)
     result = StreamCollected("cache", runs).result()
     assert result["counters"] == {"cache_hits": 1, "cache_joined": 2, "mode_shm": 14}
     cache = result["cache"]

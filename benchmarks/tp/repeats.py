@@ -1,6 +1,6 @@
 """Which requests repeat an earlier one, and what an exact cache would make of them: decided before the run, from a seed.
 
-A cache is compared with `simulate_lru`, a count for count model: least recently used first, by bytes and by entries, where
+A cache is compared with `Lru`, an exact model: least recently used first, by bytes and by entries, where
 a request is looked up, and stored at once if it is not there. So is the cache of a caster as long as one request ends before
 the next one comes. Where several are under way at once an equal one joins the first (it is neither found nor made), which
 the model calls a hit: found and joined together are then the model's hits, as long as nothing has to be evicted; what is
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,10 @@ SEQUENCE = (
     "round(ratio * n) of the n places, all but the first, are repeats: the first so many of "
     "default_rng(seed).permutation(n - 1) + 1. In order of places, a repeat shows one of the contents shown before, each as "
     "likely (integers(count) of the same generator); every other place shows the next content, numbered from 0."
+)
+
+ENTRY_BYTES = (
+    1024  # what a result counts for besides its arrays, about: whether it fits is not a matter of so few bytes
 )
 
 
@@ -42,40 +46,57 @@ def key_sequence(n: int, ratio: float, seed: int | Sequence[int]) -> list[int]:
 
 
 class Simulated(NamedTuple):
-    """What an exact cache has done."""
+    """What an exact cache has done so far."""
 
-    hits: int
-    misses: int
-    evicted: int
-    entries: int  # in the end
-    nbytes: int
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+
+    def __sub__(self, before: Simulated) -> Simulated:
+        """What it has done since."""
+        return Simulated(self.hits - before.hits, self.misses - before.misses, self.evicted - before.evicted)
+
+
+class Lru(Generic[K]):
+    """An exact cache; it sees keys one by one and stores whatever it has not got.
+
+    What is larger than the whole budget is not stored, and evicts nothing. None: no limit."""
+
+    def __init__(self, budget_bytes: int | None, max_entries: int | None) -> None:
+        self.done = Simulated()
+        self.nbytes = 0
+        self._budget_bytes, self._max_entries = budget_bytes, max_entries
+        self._stored: OrderedDict[K, int] = OrderedDict()
+
+    def see(self, key: K, nbytes: int) -> None:
+        """A request, and what its result counts for."""
+        hits, misses, evicted = self.done
+        if key in self._stored:
+            self._stored.move_to_end(key)
+            self.done = Simulated(hits + 1, misses, evicted)
+            return
+        if self._max_entries != 0 and (self._budget_bytes is None or nbytes <= self._budget_bytes):
+            self._stored[key] = nbytes
+            self.nbytes += nbytes
+            while self._is_over():
+                self.nbytes -= self._stored.popitem(last=False)[1]
+                evicted += 1
+        self.done = Simulated(hits, misses + 1, evicted)
+
+    def _is_over(self) -> bool:
+        return (self._budget_bytes is not None and self.nbytes > self._budget_bytes) or (
+            self._max_entries is not None and len(self._stored) > self._max_entries
+        )
 
 
 def simulate_lru(
     keys: Iterable[K], sizes: Mapping[K, int], budget_bytes: int | None, max_entries: int | None
 ) -> Simulated:
-    """A cache that sees `keys` one by one and stores whatever it has not got; `sizes`: bytes of each. None: no limit.
-
-    What is larger than the whole budget is not stored, and evicts nothing."""
-    stored: OrderedDict[K, int] = OrderedDict()
-    hits = misses = evicted = nbytes = 0
+    """What an empty cache would make of `keys`; `sizes`: bytes of each."""
+    cache = Lru[K](budget_bytes, max_entries)
     for key in keys:
-        if key in stored:
-            hits += 1
-            stored.move_to_end(key)
-            continue
-        misses += 1
-        size = sizes[key]
-        if max_entries == 0 or (budget_bytes is not None and size > budget_bytes):
-            continue
-        stored[key] = size
-        nbytes += size
-        while (budget_bytes is not None and nbytes > budget_bytes) or (
-            max_entries is not None and len(stored) > max_entries
-        ):
-            nbytes -= stored.popitem(last=False)[1]
-            evicted += 1
-    return Simulated(hits, misses, evicted, len(stored), nbytes)
+        cache.see(key, sizes[key])
+    return cache.done
 
 
 def compared(counters: Mapping[str, int], simulated: Iterable[Simulated]) -> dict[str, Any]:
@@ -95,7 +116,7 @@ def compared(counters: Mapping[str, int], simulated: Iterable[Simulated]) -> dic
     }
 
 
-def counted(counters: Sequence[Mapping[str, int]], simulated: Sequence[Simulated | None]) -> dict[str, Any]:
+def counted(counters: Iterable[Mapping[str, int]], simulated: Iterable[Simulated | None]) -> dict[str, Any]:
     """For the report: what a strategy has counted in its runs, all together, and for one with a cache the comparison."""
     total = Counter[str]()
     for of_run in counters:

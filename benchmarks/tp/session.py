@@ -14,7 +14,7 @@ from tp.config import Config, Scenario, scenarios
 from tp.inputs import prepare
 from tp.machine import available_bytes, bounds
 from tp.measure import Collected, Run
-from tp.repeats import key_sequence, simulate_lru
+from tp.repeats import ENTRY_BYTES, Lru, key_sequence
 from tp.strategies import STRATEGIES
 from tp.workloads import make_workload
 from tp.world import ChildError, MemoryPeak, World
@@ -63,12 +63,10 @@ class _Part:
         self, config: Config, part: Scenario, world: World, bar: tqdm[Any], keyed_bytes: list[tuple[int, int]]
     ) -> None:
         """`keyed_bytes`: content of each request, and bytes of its arrays."""
-        self.config, self.part, self.world, self.bar = config, part, world, bar
+        self.config, self.part, self.world, self.bar, self.keyed_bytes = config, part, world, bar, keyed_bytes
         self.all = [Collected(s, part.batch, part.requests, STRATEGIES[s].once) for s in part.strategies]
         for collected in self.all:
-            if STRATEGIES[collected.strategy].cached:
-                keys, sizes = [key for key, _ in keyed_bytes], dict(keyed_bytes)
-                collected.simulated = simulate_lru(keys, sizes, config.cache_bytes, config.cache_entries)
+            self._model(collected)
 
     def run(self) -> list[Collected]:
         """A first round that warms up, then the rounds that count, strategies in another order in each."""
@@ -107,8 +105,16 @@ class _Part:
 
     def _serve(self, collected: Collected, batch: range, run: Run | None) -> None:
         served = self.world.serve(collected.strategy, batch)
+        simulated = None
+        if collected.model is not None:
+            before = collected.model.done
+            collected.passes += batch[0] == 0
+            for index in batch:
+                key, nbytes = self.keyed_bytes[index]
+                collected.model.see((collected.passes, key), nbytes + ENTRY_BYTES)
+            simulated = collected.model.done - before
         if run is not None:
-            run.add(served, collected.once)
+            run.add(served, collected.once, simulated)
         collected.problems += [problem for found in self.world.command("verify") for problem in found]
         self.bar.update()
 
@@ -130,7 +136,13 @@ class _Part:
         self.world.start()
         for collected in self._alive():
             if collected.cold_ms is not None:
+                self._model(collected)
                 self.world.command("setup", collected.strategy)
+
+    def _model(self, collected: Collected) -> None:
+        """An empty cache's model, for a strategy that has one."""
+        if STRATEGIES[collected.strategy].cached:
+            collected.model, collected.passes = Lru(self.config.cache_bytes, self.config.cache_entries), 0
 
     def _alive(self) -> list[Collected]:
         return [c for c in self.all if c.error is None]

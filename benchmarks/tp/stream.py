@@ -17,7 +17,7 @@ from tp.arrivals import Request, plan, sources
 from tp.config import Config, Stream
 from tp.inputs import Cost, prepare
 from tp.machine import bounds
-from tp.repeats import Simulated, simulate_lru
+from tp.repeats import ENTRY_BYTES, Lru, Simulated
 from tp.session import check_memory, progress
 from tp.strategies import STRATEGIES
 from tp.stream_measure import StreamCollected, account
@@ -118,10 +118,13 @@ class _Session:
 
     def _simulated(self, requests: Sequence[Request]) -> Simulated:
         """What an exact cache would count. What fails is never stored; what is cancelled may or may not be."""
-        able = [request for request in requests if not request.fails]
-        sizes = {request.content: self.costs[request.source].nbytes for request in able}
-        keys = (request.content for request in able)
-        return simulate_lru(keys, sizes, self.config.cache_bytes, self.config.cache_entries)
+        model = Lru[int](self.config.cache_bytes, self.config.cache_entries)
+        for stream in (self.warm_up, requests):
+            before = model.done
+            for request in stream:
+                if not request.fails:
+                    model.see(request.content, self.costs[request.source].nbytes + ENTRY_BYTES)
+        return model.done - before
 
     def _verify(self) -> list[str]:
         return [problem for found in self.world.command("verify") for problem in found]
