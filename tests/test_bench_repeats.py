@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tp.repeats import Lru, Simulated, key_sequence, simulate_lru
+from tp.strategies import BATCHED, STRATEGIES, spec_of, with_executors
 
 
 def repeats(keys: list[int]) -> int:
@@ -101,3 +102,57 @@ def test_the_model_agrees_with_stack_distances(rng: np.random.Generator) -> None
                 hits += len(set(keys[last + 1 : place])) < entries
         assert simulate_lru(keys, dict.fromkeys(keys, 7), None, entries).hits == hits
         assert simulate_lru(keys, dict.fromkeys(keys, 7), 7 * entries + 6, None).hits == hits
+
+
+# ---- the table of strategies
+
+
+def test_a_strategy_with_a_caster_is_run_by_each_executor() -> None:
+    executors = (("thread", 1), ("process", 2))
+    assert with_executors("shm-cast", executors) == ["shm-cast@thread:1", "shm-cast@process:2"]
+    assert with_executors("shm-cast", executors[:1]) == ["shm-cast"]
+    assert with_executors("replicate", executors) == ["replicate"]
+    spec = spec_of("cache@process:2")
+    assert (spec.executor, spec.workers, spec.cached) == ("process", 2, True)
+    assert spec_of("cache") == STRATEGIES["cache"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--executor fibre", "fibre: not among thread, process, inline"),
+        ("--executor thread:0", "thread:0: 0 is not at least 1"),
+        ("--repeat-ratio 1.5", "1.5 is not between 0 and 1"),
+        ("--cache-bytes much", "'much' is not a size"),
+        ("--switch-every 0.1", "--switch-every: for streams"),
+        ("--switch-every 0.1 --rate 5 --strategies object", "--switch-every: for streams, by cache"),
+        ("--rate 5 --strategies shm-cast", "shm-cast: for batches only"),
+        ("--producer tokenizer --strategies cache", "cache: for --producer entry only"),
+        ("--preset origin --repeat-ratio 0.5", "--repeat-ratio: --preset origin"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("PIL", "tqdm"):
+        pytest.importorskip(package)
+    from tp.run import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    assert says in capsys.readouterr().err
+
+
+def test_all_strategies_of_the_story_are_in_the_table_of_batches() -> None:
+    story = [
+        "replicate",
+        "object",
+        "raw",
+        "raw-async",
+        "object-async",
+        "object-batch",
+        "eager",
+        "cache",
+        "shm-naive",
+        "shm",
+        "shm-zmq",
+    ]
+    assert set(story) <= set(BATCHED)

@@ -45,8 +45,8 @@ def make_caster(rank: Rank, group: shmcast.Group, cached: bool = False) -> shmca
         more |= {"cache_bytes": config.cache_bytes, "cache_entries": config.cache_entries}
     if config.stream is not None and config.stream.switch_every_s:
         more |= {"raw_everywhere": True}
-    executor: Any = config.executor
-    return shmcast.Caster(group, Work(config), executor=executor, workers=config.workers, hash=False, **more)
+    executor: Any = rank.executor
+    return shmcast.Caster(group, Work(config), executor=executor, workers=rank.workers, hash=False, **more)
 
 
 def counters(caster: shmcast.Caster) -> dict[str, int]:
@@ -65,7 +65,7 @@ class ShmCast(Shm):
     def setup(self) -> None:
         self.group = make_group(self.rank, cached=self.cached)
         self.caster = make_caster(self.rank, self.group, self.cached)
-        self._passes = 0
+        self._passes, self._workers = 0, self.rank.workers
 
     def serve(self, batch: Sequence[int]) -> None:
         rank = self.rank
@@ -79,7 +79,7 @@ class ShmCast(Shm):
             spent_ns = self._materialize_ns() - metrics_before
             for record in map(rank.records.__getitem__, batch):
                 record.materialize_ns = spent_ns // len(batch)
-                record.sent_ns = record.message_ns = began_ns + spent_ns // min(rank.config.workers, len(batch))
+                record.sent_ns = record.message_ns = began_ns + spent_ns // min(self._workers, len(batch))
                 record.shared_by = len(batch)
         self._count(batch, group_before, self.group.stats())
         values = [(outcome.rid, outcome.result()) for outcome in outcomes]

@@ -36,8 +36,8 @@ class Config:
     work_ms: float = 500.0  # spin, wait: what one materialization costs
     array_mb: float = 10.0  # spin, wait: what it makes, MiB
     images: str | None = None  # a directory of photographs
-    workers: int = 2  # threads or processes that materialize on a rank, where a strategy has such
-    executor: str = "thread"  # which of them, where the strategy has a `Caster`
+    workers: int = 2  # threads that materialize on a rank, where a strategy has such
+    executors: tuple[tuple[str, int], ...] = (("thread", 2),)  # and workers, of each strategy that has a `Caster`
     repeat_ratio: float = 0.0  # of the requests have contents that an earlier one had; see `repeats`
     cache_bytes: int = 256 * MIB  # what a strategy that remembers results may keep
     cache_entries: int | None = None

@@ -28,7 +28,7 @@ class Pooled(Server):
         self.pending: dict[int, Future[Features]] = {}
 
     def setup(self) -> None:
-        self.pool = ThreadPoolExecutor(self.rank.config.workers)
+        self.pool = ThreadPoolExecutor(self.rank.workers)
 
     def abort(self, number: int) -> None:
         """Stop a request if it has not begun; its result is not looked at in any case."""

@@ -21,7 +21,7 @@ from tp.contents import Slot
 from tp.gloo import Collectives
 from tp.inputs import Inputs
 from tp.records import Arrival, Record, Reply, changes
-from tp.strategies import Strategy
+from tp.strategies import Spec, Strategy
 from tp.workloads import Features, NewArray, make_workload
 
 now_ns = time.monotonic_ns
@@ -71,6 +71,7 @@ class Rank:
         self.collectives = Collectives(rank, config.tp, store, config.timeout_s)
         self.tick = DecodeTick(round(config.tick_ms * 1e6), round(config.late_ms * 1e6))
         self.fallbacks = 0
+        self.executor, self.workers = config.executors[0]
         self._arriving = bytearray()
         self.slots = [Slot(np.zeros(inputs.slot_bytes, np.uint8)) for _ in range(inputs.slots)]
         for slot in self.slots:
@@ -198,6 +199,11 @@ class Rank:
         print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
 
     # What the command loop calls -------------------------------------------------------------------------------
+
+    def execute_by(self, spec: Spec) -> None:
+        """What the strategy that is set up next materializes by, and how many of it."""
+        executor, workers = self.config.executors[0]
+        self.executor, self.workers = spec.executor or executor, spec.workers or workers
 
     def serve(self, strategy: Strategy, batch: Sequence[int], arrival_ns: int) -> Reply:
         """One batch: sleep until it arrives, serve it, report."""

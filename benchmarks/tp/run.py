@@ -18,7 +18,7 @@ from tp import counted_report, report, stream, stream_report
 from tp.config import PRESETS, Config, Stream, quick, quick_stream
 from tp.machine import describe, warnings
 from tp.session import measure
-from tp.strategies import BATCHED, STRATEGIES, STREAMED, SWITCHED, TOKENIZED
+from tp.strategies import BATCHED, STRATEGIES, STREAMED, SWITCHED, TOKENIZED, with_executors
 from tp.workloads import WORKLOADS
 
 STREAM_ROUNDS = 2
@@ -28,7 +28,9 @@ STREAM_MIX = (("small", 5.0), ("medium", 3.0), ("large", 2.0))
 STREAM_HELP = """With --rate or --concurrency requests arrive while others are served, and every rank runs the loop of an
 engine: one iteration each decode tick. All strategies take part, the asynchronous ones in this way alone. Where two
 defaults are given above, the second is that of streams."""
-EXECUTOR_HELP = "where those with a Caster materialize (%(default)s); `shm`, `shm-zmq`: always in the rank's own thread"
+EXECUTORS = ("thread", "process", "inline")
+EXECUTOR_HELP = """where those with a Caster materialize: thread, process or inline, with N workers (%(default)s); where more than
+one are given, with each of them. `shm`, `shm-zmq`: always in the rank's own thread"""
 SWITCH_HELP = "s: shmcast's strategies go on in the next of all modes so often (0: never)"
 
 
@@ -88,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add("--array-mb", type=float, default=default.array_mb, help="spin, wait: its array, MiB (%(default)s)")
     add("--images", metavar="DIR", help="photographs to use instead of scikit-learn's")
     add("--workers", type=_positive, default=default.workers, help="that materialize on a rank, of those (%(default)s)")
-    add("--executor", choices=("thread", "process", "inline"), default=default.executor, help=EXECUTOR_HELP)
+    add("--executor", default="thread", metavar="E[:N],..", help=EXECUTOR_HELP)
     add("--repeat-ratio", type=_ratio, default=0.0, metavar="R", help="so many of all repeat an earlier one (0)")
     add("--cache-bytes", type=_bytes, default=default.cache_bytes, metavar="N", help="budget of `cache` (256MiB)")
     add("--cache-entries", type=_positive, metavar="N", help="and at most so many results (no limit)")
@@ -137,6 +139,11 @@ def _check(options: argparse.Namespace) -> None:
         error(f"--producer tokenizer: {', '.join(sorted(unknown))}: for --producer entry only")
     if options.switch_every and (not is_stream or set(names) - set(SWITCHED)):
         error(f"--switch-every: for streams, by {', '.join(SWITCHED)}")
+    try:
+        if unknown := {name for name, _ in _executors(options)} - set(EXECUTORS):
+            error(f"--executor: {', '.join(sorted(unknown))}: not among {', '.join(EXECUTORS)}")
+    except (ValueError, argparse.ArgumentTypeError) as problem:
+        error(f"--executor {options.executor}: {problem}")
     if options.repeat_ratio and options.preset:
         error(f"--repeat-ratio: --preset {options.preset} has parts of different sizes")
     if is_stream and options.preset:
@@ -147,6 +154,21 @@ def _check(options: argparse.Namespace) -> None:
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name in options.strategies.split(",") if name)
+
+
+def _executors(options: argparse.Namespace) -> tuple[tuple[str, int], ...]:
+    """Each with its workers; ValueError."""
+    parts = [part.partition(":") for part in options.executor.split(",")]
+    counts = [
+        _positive(workers) if workers else 1 if name == "inline" else options.workers for name, _, workers in parts
+    ]
+    return tuple((name, count) for (name, _, _), count in zip(parts, counts, strict=True))
+
+
+def _expanded(options: argparse.Namespace, usual: Sequence[str]) -> tuple[str, ...]:
+    """The strategies to run, each with a `Caster` by each of its executors."""
+    executors = _executors(options)
+    return tuple(each for name in _names(options) or usual for each in with_executors(name, executors))
 
 
 def _is_stream(options: argparse.Namespace) -> bool:
@@ -161,7 +183,7 @@ def configure(options: argparse.Namespace) -> Config:
         tp=options.tp,
         workload=options.workload,
         producer=options.producer,
-        strategies=_names(options) or (TOKENIZED if options.producer == "tokenizer" else BATCHED),
+        strategies=_expanded(options, TOKENIZED if options.producer == "tokenizer" else BATCHED),
         rounds=options.rounds or default.rounds,
         requests=options.requests,
         batch=options.batch or default.batch,
@@ -170,7 +192,7 @@ def configure(options: argparse.Namespace) -> Config:
         array_mb=options.array_mb,
         images=options.images,
         workers=options.workers,
-        executor=options.executor,
+        executors=_executors(options),
         repeat_ratio=options.repeat_ratio,
         cache_bytes=options.cache_bytes,
         cache_entries=options.cache_entries,
@@ -200,7 +222,7 @@ def _configure_stream(config: Config, options: argparse.Namespace) -> Config:
     )
     config = replace(
         config,
-        strategies=_names(options) or (SWITCHED if options.switch_every else STREAMED),
+        strategies=_expanded(options, SWITCHED if options.switch_every else STREAMED),
         rounds=options.rounds or STREAM_ROUNDS,
         requests=options.requests or (0 if options.quick else STREAM_REQUESTS),
         batch=options.batch or STREAM_BATCH,

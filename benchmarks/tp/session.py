@@ -15,7 +15,7 @@ from tp.inputs import prepare
 from tp.machine import available_bytes, bounds
 from tp.measure import Collected, Run
 from tp.repeats import ENTRY_BYTES, Lru, key_sequence
-from tp.strategies import STRATEGIES
+from tp.strategies import spec_of
 from tp.workloads import make_workload
 from tp.world import ChildError, MemoryPeak, World
 
@@ -64,7 +64,7 @@ class _Part:
     ) -> None:
         """`keyed_bytes`: content of each request, and bytes of its arrays."""
         self.config, self.part, self.world, self.bar, self.keyed_bytes = config, part, world, bar, keyed_bytes
-        self.all = [Collected(s, part.batch, part.requests, STRATEGIES[s].once) for s in part.strategies]
+        self.all = [Collected(s, part.batch, part.requests, spec_of(s).once) for s in part.strategies]
         for collected in self.all:
             self._model(collected)
 
@@ -141,7 +141,7 @@ class _Part:
 
     def _model(self, collected: Collected) -> None:
         """An empty cache's model, for a strategy that has one."""
-        if STRATEGIES[collected.strategy].cached:
+        if spec_of(collected.strategy).cached:
             collected.model, collected.passes = Lru(self.config.cache_bytes, self.config.cache_entries), 0
 
     def _alive(self) -> list[Collected]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class Spec:
     server: str = ""  # its `Server`; none: it serves a stream synchronously
     caster: bool = False  # it has a `Caster`, which may have other executors, and, in a stream, other modes
     cached: bool = False  # and a cache
+    executor: str = ""  # in place of the configured one
+    workers: int = 0
 
 
 _PICKLED = "tp.tokenizer:Pickled"
@@ -125,6 +127,20 @@ BATCHED = tuple(name for name, spec in STRATEGIES.items() if spec.place)  # the 
 STREAMED = tuple(name for name, spec in STRATEGIES.items() if spec.server or not spec.caster)
 TOKENIZED = tuple(name for name in BATCHED if STRATEGIES[name].tokenizer or not STRATEGIES[name].once)
 SWITCHED = tuple(name for name in STREAMED if STRATEGIES[name].caster)  # may go on in another mode
+
+
+def spec_of(name: str) -> Spec:
+    """Of a strategy, or of ``strategy@executor:workers``."""
+    base, _, executing = name.partition("@")
+    executor, _, workers = executing.partition(":")
+    return replace(STRATEGIES[base], name=name, executor=executor, workers=int(workers or 0))
+
+
+def with_executors(name: str, executors: Sequence[tuple[str, int]]) -> list[str]:
+    """The names of a strategy with each of them: its own if there is one, or if it has no `Caster`."""
+    if len(executors) < 2 or not STRATEGIES[name].caster:
+        return [name]
+    return [f"{name}@{executor}:{workers}" for executor, workers in executors]
 
 
 def load(place: str) -> Any:

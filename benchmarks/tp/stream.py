@@ -19,7 +19,7 @@ from tp.inputs import Cost, prepare
 from tp.machine import bounds
 from tp.repeats import ENTRY_BYTES, Lru, Simulated
 from tp.session import check_memory, progress
-from tp.strategies import STRATEGIES
+from tp.strategies import spec_of
 from tp.stream_measure import StreamCollected, account
 from tp.workloads import make_workload
 from tp.world import ChildError, MemoryPeak, World
@@ -109,7 +109,7 @@ class _Session:
         with MemoryPeak(world, SAMPLE_S) as watched:
             served = world.serve_stream(name, requests, self._timeout_s(requests))
         run = account(requests, served, self.prints, self.config.late_ms)
-        run.simulated = self._simulated(requests) if STRATEGIES[name].cached else None
+        run.simulated = self._simulated(requests) if spec_of(name).cached else None
         collected.runs.append(run)
         collected.problems += self._verify()
         world.command("teardown", name)

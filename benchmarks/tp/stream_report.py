@@ -19,7 +19,7 @@ def describe(config: Config, stream: Stream) -> str:
     lines = f"a stream of {config.requests} requests, drawn from {stream.distinct} (mix: {mix}), {how}"
     if stream.cancel_ratio or stream.fail_ratio:
         lines += f"; {stream.cancel_ratio:.0%} are cancelled, {stream.fail_ratio:.0%} fail"
-    return f"{lines}; {config.workers} workers ({config.executor}), a decode tick every {config.tick_ms:g} ms"
+    return f"{lines}; {config.workers} workers, a decode tick every {config.tick_ms:g} ms"
 
 
 def tables(document: Document) -> list[str]:
