@@ -179,7 +179,7 @@ def plot(document: Document, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a tenth of the size
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: two thirds of the size
     from matplotlib import pyplot
 
     results = [r for r in document["results"] if "wall_s" in r]
