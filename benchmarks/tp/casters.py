@@ -7,6 +7,8 @@ every so often, as the entry rank says.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -14,10 +16,36 @@ from typing import ClassVar, Literal
 import shmcast
 from tp.casting import counters, make_caster, make_group
 from tp.engine import StreamRank
-from tp.rank import now_ns
 from tp.servers import CANCELLED, FAILED, OK, Ending, Server
 
 MODES = ("shm", "shm-sync", "object", "object-sync", "raw", "raw-sync", "replicate", "replicate-sync")
+
+
+class Switcher(threading.Thread):
+    """Switches a caster to the next mode every so often, whatever the engine's thread is doing. Entry rank only."""
+
+    def __init__(self, caster: shmcast.Caster, period_s: float) -> None:
+        super().__init__(name="switcher", daemon=True)
+        self.switches = 0
+        self._caster, self._period_s = caster, period_s
+        self._over = threading.Event()
+
+    @property
+    def mode(self) -> str:
+        """In force."""
+        return MODES[self.switches % len(MODES)]
+
+    def run(self) -> None:
+        due_s = time.monotonic() + self._period_s
+        while not self._over.wait(max(0.0, due_s - time.monotonic())):
+            due_s += self._period_s
+            self._caster.switch(MODES[(self.switches + 1) % len(MODES)])  # type: ignore[attr-defined]
+            self.switches += 1
+
+    def end(self) -> None:
+        """No more."""
+        self._over.set()
+        self.join()
 
 
 class ShmAsync(Server):
@@ -30,13 +58,15 @@ class ShmAsync(Server):
         super().__init__(rank)
         self.loop = rank
         self._before: dict[str, int] = {}
-        self._submitted = Counter[str]()  # by mode
-        self._switches = 0
-        self._switched_ns = now_ns()
+        self._submitted = Counter[str]()  # by the mode that was in force, or has just been
+        self._switcher: Switcher | None = None
 
     def setup(self) -> None:
         self.group = make_group(self.rank, self.channel, self.cached)
         self.caster = make_caster(self.rank, self.group, self.cached)
+        if self.rank.is_entry and self.loop.stream.switch_every_s:
+            self._switcher = Switcher(self.caster, self.loop.stream.switch_every_s)
+            self._switcher.start()
 
     def iterate(self, arrived: Sequence[int], cancelled: Sequence[int], rider: bytes) -> list[Ending]:
         self._take_in(arrived, cancelled)
@@ -45,36 +75,29 @@ class ShmAsync(Server):
     def counters(self) -> dict[str, int]:
         if not self.rank.is_entry:
             return {}
-        by_mode = {f"submitted_{mode}": self._submitted[mode] for mode in MODES} if self._period_ns else {}
-        return counters(self.caster) | by_mode | {"switches": self._switches}
+        found = counters(self.caster)
+        if self._switcher is not None:
+            found |= {f"submitted_{mode}": self._submitted[mode] for mode in MODES}
+            found["switches"] = self._switcher.switches
+        return found
 
     def teardown(self) -> None:
+        if self._switcher is not None:
+            self._switcher.end()
         self.caster.close()
         self.group.close()
 
     def _take_in(self, arrived: Sequence[int], cancelled: Sequence[int]) -> None:
-        self._switch()
         rank = self.loop
-        has_raw = rank.is_entry or self._period_ns > 0  # some modes need it on all ranks
+        has_raw = rank.is_entry or rank.stream.switch_every_s > 0  # some modes need it on all ranks
         for number in arrived:
             request = rank.requests[number]
             job = (request.content, request.fails, rank.raw(number)) if has_raw else None
             self.caster.submit(number, job)
-            self._submitted[MODES[self._switches % len(MODES)]] += 1
+            if self._switcher is not None:
+                self._submitted[self._switcher.mode] += 1
         for number in cancelled:
             self.caster.cancel(number)
-
-    @property
-    def _period_ns(self) -> int:
-        return round(self.loop.stream.switch_every_s * 1e9)
-
-    def _switch(self) -> None:
-        """The next mode, if it is time for it; what was submitted before goes as it would have."""
-        if not self.rank.is_entry or not self._period_ns or now_ns() < self._switched_ns + self._period_ns:
-            return
-        self._switched_ns = now_ns()
-        self._switches += 1
-        switch_mode(self.caster, MODES[self._switches % len(MODES)])
 
     def _endings(self, outcomes: Sequence[shmcast.Outcome]) -> list[Ending]:
         stats = self.group.stats()
@@ -125,8 +148,3 @@ class ShmRide(ShmAsync):
 
     def _calls(self, messages: int, overflows: int) -> int:
         return 0
-
-
-def switch_mode(caster: shmcast.Caster, mode: str) -> None:
-    """New requests go that way."""
-    caster.switch(mode)  # type: ignore[attr-defined]

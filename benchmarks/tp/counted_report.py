@@ -53,7 +53,7 @@ def _mode_lines(config: dict[str, Any], results: list[dict[str, Any]]) -> list[s
         return []
     lines = [
         "",
-        f"another mode every {stream['switch_every_s']:g} s, without a pause; requests that were submitted in each:",
+        f"another mode every {stream['switch_every_s']:g} s, without a pause; requests by the mode they came in:",
     ]
     for result in results:
         counters = result.get("counters", {})
