@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tp.repeats import Lru, Simulated, key_sequence, simulate_lru
+from tp import counted_report
+from tp.repeats import Lru, Simulated, counted, key_sequence, simulate_lru
 from tp.strategies import BATCHED, STRATEGIES, spec_of, with_executors
 
 
@@ -156,3 +157,20 @@ def test_all_strategies_of_the_story_are_in_the_table_of_batches() -> None:
         "shm-zmq",
     ]
     assert set(story) <= set(BATCHED)
+
+
+@pytest.mark.parametrize(
+    ("counters", "says"),
+    [
+        ({"cache_hits": 3, "cache_joined": 1}, "the same: yes"),
+        ({"cache_hits": 4, "cache_evicted": 9}, "the same: yes"),
+        ({"cache_hits": 3}, "the same: NO"),
+        ({"cache_hits": 5, "cache_joined": 1}, "the same: NO"),
+        ({"cache_hits": 3, "cache_joined": 1, "cache_evicted": 1}, "not to be compared"),
+    ],
+)
+def test_a_report_says_whether_a_cache_is_as_its_model(counters: dict[str, int], says: str) -> None:
+    config = {"cache_bytes": 1 << 20, "cache_entries": None, "repeat_ratio": 0.5, "seed": 1, "stream": None}
+    result = {"strategy": "cache", "wall_s": 1.0, **counted([counters], [Simulated(1, 2, 0), Simulated(3, 0, 0)])}
+    lines = counted_report.lines({"config": config, "results": [result, {"strategy": "shm", "wall_s": 1.0}]})
+    assert [says in line for line in lines if "an exact LRU: 4 hits, 2 misses" in line] == [True]

@@ -42,9 +42,15 @@ def _cache_lines(config: dict[str, Any], results: list[dict[str, Any]]) -> list[
         lines.append(
             f"  {result['strategy']}{batch}: {cache['hits']} hits + {cache['joined']} joined, {cache['misses']} misses, "
             f"{cache['evicted']} evicted; an exact LRU: {cache['simulated_hits']} hits, {cache['simulated_misses']} misses, "
-            f"{cache['simulated_evicted']} evicted; hits the same: {'yes' if cache['same_hits'] else 'NO'}"
+            f"{cache['simulated_evicted']} evicted; {_verdict(cache)}"
         )
     return lines
+
+
+def _verdict(cache: dict[str, Any]) -> str:
+    if cache["evicted"] and cache["joined"]:
+        return "not to be compared: several were under way at once, and what was evicted then no model knows"
+    return f"hits and joined the same: {'yes' if cache['same_hits'] else 'NO'}"
 
 
 def _mode_lines(config: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
