@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import shmcast
 from tp.casting import counters, make_caster, make_group
@@ -27,7 +27,8 @@ class Switcher(threading.Thread):
     def __init__(self, caster: shmcast.Caster, period_s: float) -> None:
         super().__init__(name="switcher", daemon=True)
         self.switches = 0
-        self._caster, self._period_s = caster, period_s
+        self._caster: Any = caster
+        self._period_s = period_s
         self._over = threading.Event()
 
     @property
@@ -39,7 +40,7 @@ class Switcher(threading.Thread):
         due_s = time.monotonic() + self._period_s
         while not self._over.wait(max(0.0, due_s - time.monotonic())):
             due_s += self._period_s
-            self._caster.switch(MODES[(self.switches + 1) % len(MODES)])  # type: ignore[attr-defined]
+            self._caster.switch(MODES[(self.switches + 1) % len(MODES)])
             self.switches += 1
 
     def end(self) -> None:
