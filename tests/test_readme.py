@@ -62,3 +62,10 @@ def test_the_example_is_found() -> None:
     assert first_example(text) == ("print(1)\n", "1\n")
     assert first_example(text.replace("text", "json")) == ("print(1)\n", None)
     assert named_targets(text) == {"bench", "test"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/strategies.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(#[^)]*)?\)", (ROOT / name).read_text())
+    assert links
+    assert [path for path, _ in links if not (ROOT / name).parent.joinpath(path).exists()] == []

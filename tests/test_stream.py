@@ -11,7 +11,8 @@ import pytest
 from tp.arrivals import Arrivals, Request, plan, sources
 from tp.config import Stream
 from tp.contents import Slot, fingerprint
-from tp.records import Ended, StreamReply
+from tp.records import Ended, StreamReply, changes
+from tp.repeats import Simulated, key_sequence
 from tp.servers import CANCELLED, FAILED, OK, Ending, Synchronous
 from tp.stream_measure import StreamCollected, StreamRun, account
 from tp.world import Served
@@ -30,6 +31,15 @@ def test_the_same_seed_gives_the_same_stream(rng: np.random.Generator) -> None:
     first = plan(stream, SIZES, 100, seed)
     assert first == plan(stream, SIZES, 100, seed)
     assert first != plan(stream, SIZES, 100, [seed[0], 8])
+
+
+def test_a_repeat_has_the_source_of_its_content_and_the_rest_of_the_stream_stays() -> None:
+    stream = Stream(rate=50, mix=MIX, fail_ratio=0.1)
+    requests, without = plan(stream, SIZES, 100, [1], 0.5), plan(stream, SIZES, 100, [1])
+    assert [request.content for request in without] == list(range(100))
+    assert [request.content for request in requests] == key_sequence(100, 0.5, [1])
+    assert len({(request.content, request.source) for request in requests}) == 50
+    assert [(a.arrival_ns, a.fails) for a in requests] == [(a.arrival_ns, a.fails) for a in without]
 
 
 def test_ratios_are_kept_to_the_request() -> None:
@@ -147,7 +157,7 @@ def good(offset_ns: int = 0) -> list[Ended]:
 
 def reply(ended: list[Ended], lateness_ms: list[int] | None = None, entry: bool = True) -> StreamReply:
     arrived_ns = {0: 500 * MS, 1: 600 * MS, 2: 600 * MS, 3: 600 * MS} if entry else {}
-    return StreamReply(ended, arrived_ns, 7, [ms * MS for ms in lateness_ms or []], 9, 10, 1000, 0, 0)
+    return StreamReply(ended, arrived_ns, 7, [ms * MS for ms in lateness_ms or []], 9, 10, 1000, 0, 0, {})
 
 
 def accounted(*replies: StreamReply) -> StreamRun:
@@ -218,6 +228,24 @@ def test_a_report_pools_latencies_and_takes_medians_of_the_rest() -> None:
         None,
     )
     assert (result["ticks"], result["late_ticks"]) == (2, 1)
+
+
+def test_a_report_adds_up_what_was_counted_and_compares_a_cache_with_its_model() -> None:
+    runs = [accounted(reply(good()), reply(good(), entry=False)) for _ in range(2)]
+    assert "cache" not in StreamCollected("shm", runs).result()
+    for hits, run in enumerate(runs):
+        run.counters, run.simulated = {"cache_hits": hits, "cache_joined": 1, "mode_shm": 7}, Simulated(2, 5, 1)
+    result = StreamCollected("cache", runs).result()
+    assert result["counters"] == {"cache_hits": 1, "cache_joined": 2, "mode_shm": 14}
+    cache = result["cache"]
+    assert (cache["hits"], cache["joined"], cache["misses"], cache["simulated_hits"]) == (1, 2, 0, 4)
+    assert not cache["same_hits"]
+    runs[0].counters["cache_hits"] = 1
+    assert StreamCollected("cache", runs).result()["cache"]["same_hits"]
+
+
+def test_changes_are_of_what_is_counted_now() -> None:
+    assert changes({"a": 1, "gone": 3}, {"a": 4, "new": 2}) == {"a": 3, "new": 2}
 
 
 def test_a_report_is_not_verified_after_a_problem_or_an_error() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tp.config import Stream
+from tp.repeats import key_sequence
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Request:
     arrival_ns: int | None  # after the start; None: when another one has ended
     fails: bool = False
     cancel_ns: int | None = None  # after its arrival
+    content: int = 0  # requests with the same one are repeats of each other, and have the same source
 
 
 def sources(stream: Stream) -> list[str]:
@@ -34,13 +36,19 @@ def sources(stream: Stream) -> list[str]:
     return [size for (size, _), count in zip(stream.mix, counts, strict=True) for _ in range(count)]
 
 
-def plan(stream: Stream, sizes: Sequence[str], count: int, seed: Sequence[int]) -> list[Request]:
-    """`count` requests, each one of the raw requests whose `sizes` are given. The same seed gives the same list."""
+def plan(
+    stream: Stream, sizes: Sequence[str], count: int, seed: Sequence[int], repeat_ratio: float = 0.0
+) -> list[Request]:
+    """`count` requests, each one of the raw requests whose `sizes` are given. The same seed gives the same list.
+
+    Who is no repeat may still have the same source as another one; it counts as different all the same."""
     rng = np.random.default_rng(seed)
     names, weights = zip(*stream.mix, strict=True)
     drawn = rng.choice(len(names), count, p=np.array(weights) / sum(weights))
     places = [[i for i, size in enumerate(sizes) if size == name] for name in names]
     source = [int(rng.choice(places[kind])) for kind in drawn]
+    content = key_sequence(count, repeat_ratio, seed)
+    source = [source[content.index(key)] for key in content]
     gaps_s = rng.exponential(1.0, count) / stream.rate if stream.rate > 0 else np.zeros(count)
     arrival_ns = [int(at) for at in np.cumsum(gaps_s) * 1e9]
     fails = _some(rng, count, stream.fail_ratio)
@@ -52,6 +60,7 @@ def plan(stream: Stream, sizes: Sequence[str], count: int, seed: Sequence[int]) 
             arrival_ns[i] if not stream.concurrency else 0 if i < stream.concurrency else None,
             i in fails,
             after_ns[i] if i in cancelled else None,
+            content[i],
         )
         for i in range(count)
     ]

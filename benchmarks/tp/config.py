@@ -18,7 +18,7 @@ class Stream:
     cancel_ratio: float = 0.0  # are cancelled
     cancel_within_ms: float = 1000.0  # after their arrival
     fail_ratio: float = 0.0  # can not be materialized
-    workers: int = 2  # threads that materialize on a rank, where a strategy has such
+    switch_every_s: float = 0.0  # shmcast's strategies go on in another mode so often; 0: never
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,18 @@ class Config:
     workload: str = "images"
     producer: str = "entry"  # who materializes: "entry" or "tokenizer"
     strategies: tuple[str, ...] = ()
-    rounds: int = 5
+    rounds: int = 3
     requests: int = 0  # a run; 0: the workload's own number
     batch: int = 1  # requests that arrive together and are served in one iteration; of a stream: at most so many
     seed: int = 1
     work_ms: float = 500.0  # spin, wait: what one materialization costs
     array_mb: float = 10.0  # spin, wait: what it makes, MiB
     images: str | None = None  # a directory of photographs
+    workers: int = 2  # threads that materialize on a rank, where a strategy has such
+    executors: tuple[tuple[str, int], ...] = (("thread", 2),)  # and workers, of each strategy that has a `Caster`
+    repeat_ratio: float = 0.0  # of the requests have contents that an earlier one had; see `repeats`
+    cache_bytes: int = 256 * MIB  # what a strategy that remembers results may keep
+    cache_entries: int | None = None
     tick_ms: float = 10.0  # period of the decode tick
     late_ms: float = 1.0  # a tick later than this is late
     quick: bool = False

@@ -15,24 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from tp.arrivals import Arrivals, Request
 from tp.children import reaped_cpu_ns
 from tp.config import Config, Stream
 from tp.contents import Slot
 from tp.inputs import Inputs
+from tp.jobs import RequestError, refuse
 from tp.rank import Rank, now_ns
-from tp.records import Ended, StreamReply
+from tp.records import Ended, StreamReply, changes
 from tp.servers import FAILED, OK, Ending, Server
 from tp.wire import Wire
-from tp.workloads import Array, Features, NewArray
+from tp.workloads import Features, NewArray
 
 _FAILURE = "failure"  # in the meta of features that stand for a failed request
-
-
-class RequestError(ValueError):
-    """A request that can not be materialized."""
 
 
 class Taken(NamedTuple):
@@ -67,15 +63,11 @@ class StreamRank(Rank):
         self._ring = self._ring or itertools.cycle(self.slots)
         self._free_slots = self._ring
 
-    def raw(self, index: int) -> Any:
-        return self.inputs.raws[self.requests[index].source]
+    def source(self, index: int) -> int:
+        return self.requests[index].source
 
     def attempt(self, index: int, raw: Any, new: NewArray = np.empty) -> Features:
         """What `raw` becomes; RequestError for a request that fails, which it does where it asks for its array."""
-
-        def refuse(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            raise RequestError(f"request {index} can not be materialized")
-
         return self.workload.materialize(raw, refuse if self.requests[index].fails else new)
 
     def make(self, index: int, raw: Any, new: NewArray = np.empty) -> Features:
@@ -96,7 +88,7 @@ class StreamRank(Rank):
         """All of these requests."""
         self.requests, self.taken = requests, {}
         self.tick.start(start_ns)
-        before = self.collectives.snapshot()
+        before, counted = self.collectives.snapshot(), server.counters()
         self.fallbacks = 0
         arrivals = Arrivals(requests, start_ns)
         ended: list[Ended] = []
@@ -110,7 +102,8 @@ class StreamRank(Rank):
             arrivals.end(len(endings), now_ns())
         messages, calls, nbytes = (b - a for a, b in zip(before, self.collectives.snapshot(), strict=True))
         arrived_ns = arrivals.arrived_ns if self.is_entry else {}
-        counts = (messages, calls, nbytes, self.fallbacks, reaped_cpu_ns())
+        counters = changes(counted, server.counters())
+        counts = (messages, calls, nbytes, self.fallbacks, reaped_cpu_ns(), counters)
         return StreamReply(ended, arrived_ns, iteration, self.tick.lateness_ns, *counts)
 
     def verify(self) -> list[str]:
@@ -118,7 +111,7 @@ class StreamRank(Rank):
         problems = []
         for slot in self.slots:
             if slot.index >= 0 and _FAILURE not in slot.meta:
-                difference = slot.differences(self.inputs.expected(self.requests[slot.index].source))
+                difference = slot.differences(self.inputs.expected(self.source(slot.index)))
                 if difference is not None:
                     problems.append(f"rank {self.rank}, request {slot.index}: {difference}")
             slot.spoil()

@@ -30,7 +30,7 @@ class Cost:
 
 @dataclass
 class Inputs:
-    """Raw requests, and where the expected arrays lie."""
+    """Raw requests of different contents, and where the expected arrays lie."""
 
     directory: str
     raws: list[Any]
@@ -39,6 +39,7 @@ class Inputs:
     counts: list[int]  # arrays of each request
     prints: list[int]  # fingerprints of each request's arrays
     slots: int  # requests that a rank has room to read into at once
+    keys: list[int]  # which of `raws` each request of a batch is; of streams: `arrivals.Request.source` says so
 
     @property
     def slot_bytes(self) -> int:
@@ -46,7 +47,7 @@ class Inputs:
         return max(self.sizes)
 
     def expected(self, index: int) -> Features:
-        """The independently materialized arrays of a request, mapped from disk."""
+        """The independently materialized arrays of a raw request, mapped from disk."""
         paths = (_path(self.directory, index, k) for k in range(self.counts[index]))
         return Features(self.metas[index], [np.load(path, mmap_mode="r") for path in paths])
 
@@ -57,10 +58,10 @@ class Inputs:
 
 
 def prepare(
-    workload: Workload, raws: list[Any], slots: int, directory: str, progress: Callable[[], Any]
+    workload: Workload, raws: list[Any], keys: list[int], slots: int, directory: str, progress: Callable[[], Any]
 ) -> tuple[Inputs, list[Cost]]:
-    """Make the expected arrays of these requests; `progress` is called after each. Costs are one a request."""
-    inputs = Inputs(directory, raws, [], [], [], [], slots)
+    """Make the expected arrays of these raw requests; `progress` is called after each. Costs are one for each."""
+    inputs = Inputs(directory, raws, [], [], [], [], slots, keys)
     workload.materialize(inputs.raws[0])  # imports, first page faults
     costs: list[Cost] = []
     for i, raw in enumerate(inputs.raws):

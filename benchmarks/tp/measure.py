@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tp.records import Record
+from tp.repeats import Lru, Simulated, counted
 from tp.world import Served
 
 P99_SAMPLES = 200  # below that, a 99th percentile is the maximum under another name
@@ -46,8 +48,10 @@ class Run:
     fallbacks: int = 0
     ticks: int = 0
     late_ticks: int = 0
+    counters: Counter[str] = field(default_factory=Counter)  # the strategy's own
+    simulated: list[Simulated] = field(default_factory=list)  # what an exact cache would count, batch by batch
 
-    def add(self, served: Served, once: bool) -> None:
+    def add(self, served: Served, once: bool, simulated: Simulated | None = None) -> None:
         """Take in one batch."""
         ranks = [{r.index: r for r in reply.records} for reply in served.replies]
         last_ns = max(r.freed_ns for records in ranks for r in records.values())
@@ -62,6 +66,8 @@ class Run:
         self.fallbacks += sum(reply.fallbacks for reply in served.replies)
         self.ticks += sum(reply.ticks for reply in served.replies)
         self.late_ticks += sum(reply.late_ticks for reply in served.replies)
+        self.counters.update(entry.counters)
+        self.simulated += [] if simulated is None else [simulated]
 
 
 def request_times(ranks: Sequence[Record], arrival_ns: int, once: bool) -> RequestTimes:
@@ -102,6 +108,8 @@ class Collected:
     peak_private: int = 0
     problems: list[str] = field(default_factory=list)  # of verification
     error: str | None = None
+    model: Lru[tuple[int, int]] | None = None  # of its cache, where it has one
+    passes: int = 0  # over the requests: what one pass has is no repeat in another
 
     def result(self) -> dict[str, Any]:
         """The line of the JSON report."""
@@ -153,6 +161,7 @@ class Collected:
             "late_ticks": statistics.median(over_rounds(lambda run: run.late_ticks)),
             "peak_shm_bytes": self.peak_shared,
             "peak_private_bytes": self.peak_private,
+            **counted([run.counters for run in self.runs], [s for run in self.runs for s in run.simulated]),
         }
 
 

@@ -7,13 +7,15 @@ the pool is shut down at the end. Results are given out in the order in which re
 from __future__ import annotations
 
 import pickle
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
-from tp.engine import RequestError, StreamRank
+from tp.jobs import RequestError
+from tp.rank import Rank
 from tp.servers import CANCELLED, FAILED, OK, Ending, Server
 from tp.workloads import Features
 
@@ -21,12 +23,12 @@ from tp.workloads import Features
 class Pooled(Server):
     """Requests that are under way in a thread pool of this rank, by number."""
 
-    def __init__(self, rank: StreamRank) -> None:
+    def __init__(self, rank: Rank) -> None:
         super().__init__(rank)
         self.pending: dict[int, Future[Features]] = {}
 
     def setup(self) -> None:
-        self.pool = ThreadPoolExecutor(self.rank.stream.workers)
+        self.pool = ThreadPoolExecutor(self.rank.workers)
 
     def abort(self, number: int) -> None:
         """Stop a request if it has not begun; its result is not looked at in any case."""
@@ -38,6 +40,14 @@ class Pooled(Server):
             return Ending(number, OK, self.pending.pop(number).result())
         except RequestError:
             return Ending(number, FAILED)
+
+    def ready(self) -> list[int]:
+        """Requests that are materialized here."""
+        return [number for number, future in self.pending.items() if future.done()]
+
+    def idle(self, timeout_s: float) -> None:
+        """Wait until there may be something to give out. Entry rank only."""
+        wait(self.pending.values(), timeout_s, FIRST_COMPLETED)
 
     def iterate(self, arrived: Sequence[int], cancelled: Sequence[int], rider: bytes) -> list[Ending]:
         self.submit(arrived)
@@ -78,7 +88,7 @@ class ObjectAsync(Pooled):
         for number in cancelled:
             self.abort(number)
         endings = [Ending(number, CANCELLED) for number in cancelled]
-        endings += [self.ending(number) for number in [n for n, future in self.pending.items() if future.done()]]
+        endings += [self.ending(number) for number in self.ready()]
         rank.collectives.broadcast(rank.collectives.pickle(endings))
         return endings
 
@@ -96,6 +106,13 @@ class RawAsync(Pooled):
         raws = pickle.loads(rank.collectives.broadcast(payload))
         for number, raw in zip(arrived, raws, strict=True):
             self.pending[number] = self.pool.submit(rank.attempt, number, raw)
+
+    def idle(self, timeout_s: float) -> None:
+        unready = [future for future in self.pending.values() if not future.done()]
+        if unready:
+            wait(unready, timeout_s, FIRST_COMPLETED)
+        else:
+            time.sleep(timeout_s)  # for the other ranks: nobody tells when they are
 
     def outcomes(self, cancelled: Sequence[int]) -> list[Ending]:
         for number in cancelled:  # every rank has heard of it in the same iteration

@@ -16,7 +16,7 @@ from tp.inputs import Inputs
 from tp.rank import Rank
 from tp.records import Reply, StreamReply
 from tp.servers import Server, Synchronous
-from tp.strategies import STRATEGIES, Strategy, load
+from tp.strategies import Strategy, load, spec_of
 
 
 def main(rank: int, pipe: Connection, inbox: Connection | None) -> None:
@@ -37,7 +37,9 @@ def _batches(rank: int, config: Config, inputs: Inputs, inbox: Connection | None
     active: dict[str, Strategy] = {}
 
     def setup(name: str) -> None:
-        active[name] = load(STRATEGIES[name].place)(me)
+        spec = spec_of(name)
+        me.execute_by(spec)
+        active[name] = load(spec.place)(me)
         active[name].setup()
 
     def serve(name: str, batch: Sequence[int], arrival_ns: int) -> Reply:
@@ -51,7 +53,8 @@ def _stream(rank: int, config: Config, inputs: Inputs, store: str) -> dict[str, 
     active: dict[str, Server] = {}
 
     def setup(name: str) -> None:
-        spec = STRATEGIES[name]
+        spec = spec_of(name)
+        me.execute_by(spec)
         active[name] = load(spec.server)(me) if spec.server else Synchronous(me, load(spec.place)(me))
         active[name].setup()
 

@@ -20,8 +20,8 @@ from tp.config import Config
 from tp.contents import Slot
 from tp.gloo import Collectives
 from tp.inputs import Inputs
-from tp.records import Arrival, Record, Reply
-from tp.strategies import Strategy
+from tp.records import Arrival, Record, Reply, changes
+from tp.strategies import Spec, Strategy
 from tp.workloads import Features, NewArray, make_workload
 
 now_ns = time.monotonic_ns
@@ -71,6 +71,7 @@ class Rank:
         self.collectives = Collectives(rank, config.tp, store, config.timeout_s)
         self.tick = DecodeTick(round(config.tick_ms * 1e6), round(config.late_ms * 1e6))
         self.fallbacks = 0
+        self.executor, self.workers = config.executors[0]
         self._arriving = bytearray()
         self.slots = [Slot(np.zeros(inputs.slot_bytes, np.uint8)) for _ in range(inputs.slots)]
         for slot in self.slots:
@@ -101,9 +102,13 @@ class Rank:
                 record, name = self.records[i], f"{what}_ns"
                 setattr(record, name, getattr(record, name) + share_ns)
 
+    def source(self, index: int) -> int:
+        """Which of the contents the request with this index has."""
+        return self.inputs.keys[index]
+
     def raw(self, index: int) -> Any:
         """The raw request with this index."""
-        return self.inputs.raws[index]
+        return self.inputs.raws[self.source(index)]
 
     def make(self, index: int, raw: Any, new: NewArray = np.empty) -> Features:
         """What `raw`, which is this request's, becomes."""
@@ -113,6 +118,11 @@ class Rank:
         """Materialize here."""
         with self.span("materialize", index):
             return self.make(index, self.raw(index), new)
+
+    def attempt(self, index: int, raw: Any, new: NewArray = np.empty) -> Features:
+        """Materialize `raw`, which is this request's, in whatever thread this is called."""
+        with self.span("materialize", index):
+            return self.make(index, raw, new)
 
     def produce(self, index: int) -> Features:
         """The arrays of a request, where one process makes them for all: here, or by the tokenizer. Entry only."""
@@ -190,18 +200,24 @@ class Rank:
 
     # What the command loop calls -------------------------------------------------------------------------------
 
+    def execute_by(self, spec: Spec) -> None:
+        """What the strategy that is set up next materializes by, and how many of it."""
+        executor, workers = self.config.executors[0]
+        self.executor, self.workers = spec.executor or executor, spec.workers or workers
+
     def serve(self, strategy: Strategy, batch: Sequence[int], arrival_ns: int) -> Reply:
         """One batch: sleep until it arrives, serve it, report."""
         self.begin(batch)
         self.tick.start(arrival_ns)
-        before = self.collectives.snapshot()
+        before, counted = self.collectives.snapshot(), strategy.counters()
         self.fallbacks = 0
         time.sleep(max(0, arrival_ns - now_ns()) / 1e9)
         strategy.serve(batch)
         self.tick.poll()
         messages, calls, nbytes = (b - a for a, b in zip(before, self.collectives.snapshot(), strict=True))
         counts = (self.fallbacks, self.tick.ticks, self.tick.late_ticks, reaped_cpu_ns())
-        return Reply(list(self.records.values()), messages, calls, nbytes, *counts)
+        counters = changes(counted, strategy.counters())
+        return Reply(list(self.records.values()), messages, calls, nbytes, *counts, counters)
 
     def verify(self) -> list[str]:
         """What of the last batch differs from the independently materialized copy; empty: nothing."""
@@ -210,7 +226,7 @@ class Rank:
         for index in self.records:
             if index not in read:
                 problems.append(f"rank {self.rank}, request {index}: never read")
-            elif (difference := read[index].differences(self.inputs.expected(index))) is not None:
+            elif (difference := read[index].differences(self.inputs.expected(self.source(index)))) is not None:
                 problems.append(f"rank {self.rank}, request {index}: {difference}")
         for slot in self.slots:
             slot.spoil()

@@ -36,6 +36,7 @@ class Reply(NamedTuple):
     ticks: int
     late_ticks: int
     reaped_cpu_ns: int  # children that have ended, since the process began
+    counters: dict[str, int]  # what the strategy itself has counted
 
 
 class Arrival(NamedTuple):
@@ -69,3 +70,9 @@ class StreamReply(NamedTuple):
     bytes_broadcast: int
     fallbacks: int
     reaped_cpu_ns: int
+    counters: dict[str, int]  # what the strategy itself has counted
+
+
+def changes(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """What was counted in between."""
+    return {name: value - before.get(name, 0) for name, value in after.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from tp import counted_report
 from tp.config import MIB, Config
 from tp.workloads import WORKLOADS
 
@@ -33,6 +34,7 @@ def tables(document: Document) -> list[str]:
         lines += [f"{scenario['requests']} requests in batches of {scenario['batch']}", ""]
         lines += [*table(_summary(results), results), "", *table(_SPLIT, results), ""]
     lines += _bounds(document["bounds"], document["config"]["tp"])
+    lines += counted_report.lines(document)
     lines += _notes(document)
     if document["config"]["preset"] == "origin":
         lines += ["", *_origin(document["results"])]
@@ -177,6 +179,7 @@ def plot(document: Document, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: two thirds of the size
     from matplotlib import pyplot
 
     results = [r for r in document["results"] if "wall_s" in r]

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from tp import report, stream, stream_report
+from shmcast.sizes import parse_bytes
+from tp import counted_report, report, stream, stream_report
 from tp.config import PRESETS, Config, Stream, quick, quick_stream
 from tp.machine import describe, warnings
 from tp.session import measure
-from tp.strategies import BATCHED, STRATEGIES
+from tp.strategies import BATCHED, STRATEGIES, STREAMED, SWITCHED, TOKENIZED, with_executors
 from tp.workloads import WORKLOADS
 
 STREAM_ROUNDS = 2
@@ -27,6 +28,10 @@ STREAM_MIX = (("small", 5.0), ("medium", 3.0), ("large", 2.0))
 STREAM_HELP = """With --rate or --concurrency requests arrive while others are served, and every rank runs the loop of an
 engine: one iteration each decode tick. All strategies take part, the asynchronous ones in this way alone. Where two
 defaults are given above, the second is that of streams."""
+EXECUTORS = ("thread", "process", "inline")
+EXECUTOR_HELP = """where those with a Caster materialize: thread, process or inline, with N workers (%(default)s); where more than
+one are given, with each of them. `shm`, `shm-zmq`: always in the rank's own thread"""
+SWITCH_HELP = "s: shmcast's strategies go on in the next of all modes so often (0: never)"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    document = {"machine": machine} | measured
+    document = {"machine": machine, "repeats": counted_report.described_keys(measured["config"])} | measured
     shown = report if config.stream is None else stream_report
     print("\n".join(shown.tables(document)))
     if options.json:
@@ -84,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
     add("--work-ms", type=float, default=default.work_ms, help="spin, wait: a materialization (%(default)s)")
     add("--array-mb", type=float, default=default.array_mb, help="spin, wait: its array, MiB (%(default)s)")
     add("--images", metavar="DIR", help="photographs to use instead of scikit-learn's")
+    add("--workers", type=_positive, default=default.workers, help="that materialize on a rank, of those (%(default)s)")
+    add("--executor", default="thread", metavar="E[:N],..", help=EXECUTOR_HELP)
+    add("--repeat-ratio", type=_ratio, default=0.0, metavar="R", help="so many of all repeat an earlier one (0)")
+    add("--cache-bytes", type=_bytes, default=default.cache_bytes, metavar="N", help="budget of `cache` (256MiB)")
+    add("--cache-entries", type=_positive, metavar="N", help="and at most so many results (no limit)")
     add("--timeout", type=float, default=default.timeout_s, help="of a batch and of a collective, s (%(default)s)")
     add("--preset", choices=PRESETS, help="origin: the table that this project grew from, with its targets")
     add("--tick-ms", type=float, default=default.tick_ms, help="period of the decode tick (%(default)s)")
@@ -109,7 +119,7 @@ def _add_stream(add: Callable[..., object]) -> None:
     add("--cancel-ratio", type=_ratio, default=0.0, metavar="Q", help="so many of all are cancelled")
     add("--cancel-within-ms", type=float, default=default.cancel_within_ms, help="of their arrival (%(default)s)")
     add("--fail-ratio", type=_ratio, default=0.0, metavar="Q", help="so many of all can not be materialized")
-    add("--workers", type=_positive, default=default.workers, help="threads that materialize on a rank (%(default)s)")
+    add("--switch-every", type=_not_negative, default=0.0, metavar="S", help=SWITCH_HELP)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -123,14 +133,42 @@ def _check(options: argparse.Namespace) -> None:
         error(f"--mix: {', '.join(sorted(unknown))}: {options.workload} has {', '.join(sizes)}")
     if options.rate is not None and options.concurrency:
         error("--rate, --concurrency: one of them")
-    if _is_stream(options) and options.preset:
+    if (is_stream := _is_stream(options)) and (unknown := set(names) - set(STREAMED)):
+        error(f"--strategies: {', '.join(sorted(unknown))}: for batches only")
+    if options.producer == "tokenizer" and (unknown := set(names) - set(TOKENIZED)):
+        error(f"--producer tokenizer: {', '.join(sorted(unknown))}: for --producer entry only")
+    if options.switch_every and (not is_stream or set(names) - set(SWITCHED)):
+        error(f"--switch-every: for streams, by {', '.join(SWITCHED)}")
+    try:
+        if unknown := {name for name, _ in _executors(options)} - set(EXECUTORS):
+            error(f"--executor: {', '.join(sorted(unknown))}: not among {', '.join(EXECUTORS)}")
+    except (ValueError, argparse.ArgumentTypeError) as problem:
+        error(f"--executor {options.executor}: {problem}")
+    if options.repeat_ratio and options.preset:
+        error(f"--repeat-ratio: --preset {options.preset} has parts of different sizes")
+    if is_stream and options.preset:
         error(f"--preset {options.preset}: is made of batches")
-    if _is_stream(options) and options.producer != "entry":
+    if is_stream and options.producer != "entry":
         error("--producer tokenizer: for batches only")
 
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name in options.strategies.split(",") if name)
+
+
+def _executors(options: argparse.Namespace) -> tuple[tuple[str, int], ...]:
+    """Each with its workers; ValueError."""
+    parts = [part.partition(":") for part in options.executor.split(",")]
+    counts = [
+        _positive(workers) if workers else 1 if name == "inline" else options.workers for name, _, workers in parts
+    ]
+    return tuple((name, count) for (name, _, _), count in zip(parts, counts, strict=True))
+
+
+def _expanded(options: argparse.Namespace, usual: Sequence[str]) -> tuple[str, ...]:
+    """The strategies to run, each with a `Caster` by each of its executors."""
+    executors = _executors(options)
+    return tuple(each for name in _names(options) or usual for each in with_executors(name, executors))
 
 
 def _is_stream(options: argparse.Namespace) -> bool:
@@ -145,7 +183,7 @@ def configure(options: argparse.Namespace) -> Config:
         tp=options.tp,
         workload=options.workload,
         producer=options.producer,
-        strategies=_names(options) or BATCHED,
+        strategies=_expanded(options, TOKENIZED if options.producer == "tokenizer" else BATCHED),
         rounds=options.rounds or default.rounds,
         requests=options.requests,
         batch=options.batch or default.batch,
@@ -153,6 +191,11 @@ def configure(options: argparse.Namespace) -> Config:
         work_ms=options.work_ms,
         array_mb=options.array_mb,
         images=options.images,
+        workers=options.workers,
+        executors=_executors(options),
+        repeat_ratio=options.repeat_ratio,
+        cache_bytes=options.cache_bytes,
+        cache_entries=options.cache_entries,
         tick_ms=options.tick_ms,
         late_ms=default.late_ms if options.late_ms is None else options.late_ms,
         timeout_s=options.timeout,
@@ -175,11 +218,11 @@ def _configure_stream(config: Config, options: argparse.Namespace) -> Config:
         cancel_ratio=options.cancel_ratio,
         cancel_within_ms=options.cancel_within_ms,
         fail_ratio=options.fail_ratio,
-        workers=options.workers,
+        switch_every_s=options.switch_every,
     )
     config = replace(
         config,
-        strategies=_names(options) or tuple(STRATEGIES),
+        strategies=_expanded(options, SWITCHED if options.switch_every else STREAMED),
         rounds=options.rounds or STREAM_ROUNDS,
         requests=options.requests or (0 if options.quick else STREAM_REQUESTS),
         batch=options.batch or STREAM_BATCH,
@@ -209,6 +252,13 @@ def _not_negative(text: str) -> float:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text, "--cache-bytes")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from tp.engine import StreamRank
+    from tp.rank import Rank
     from tp.strategies import Strategy
     from tp.workloads import Features
 
@@ -29,7 +30,7 @@ class Ending(NamedTuple):
 class Server(ABC):
     """One way to serve a stream, on one rank. All calls come from the engine's thread, equally often on all ranks."""
 
-    def __init__(self, rank: StreamRank) -> None:
+    def __init__(self, rank: Rank) -> None:
         self.rank = rank
 
     def setup(self) -> None:
@@ -45,6 +46,10 @@ class Server(ABC):
 
         A request that is cancelled may have ended before."""
 
+    def counters(self) -> dict[str, int]:
+        """What it has counted so far, and the report shall have."""
+        return {}
+
     def teardown(self) -> None:
         """Outside every window, on all ranks together."""
 
@@ -54,6 +59,7 @@ class Synchronous(Server):
 
     def __init__(self, rank: StreamRank, strategy: Strategy) -> None:
         super().__init__(rank)
+        self.loop = rank
         self.strategy = strategy
         self.waiting: OrderedDict[int, None] = OrderedDict()
 
@@ -73,8 +79,11 @@ class Synchronous(Server):
                 del self.waiting[number]
             self.rank.begin(batch)
             self.strategy.serve(batch)
-            endings += [Ending(number, self.rank.taken[number].status) for number in batch]
+            endings += [Ending(number, self.loop.taken[number].status) for number in batch]
         return endings
+
+    def counters(self) -> dict[str, int]:
+        return self.strategy.counters()
 
     def teardown(self) -> None:
         self.strategy.teardown()

@@ -14,7 +14,8 @@ from tp.config import Config, Scenario, scenarios
 from tp.inputs import prepare
 from tp.machine import available_bytes, bounds
 from tp.measure import Collected, Run
-from tp.strategies import STRATEGIES
+from tp.repeats import ENTRY_BYTES, Lru, key_sequence
+from tp.strategies import spec_of
 from tp.workloads import make_workload
 from tp.world import ChildError, MemoryPeak, World
 
@@ -26,26 +27,29 @@ def measure(config: Config, directory: str) -> dict[str, Any]:
     workload = make_workload(config)
     parts = scenarios(config, workload.requests)
     count, slots = max(p.requests for p in parts), max(min(p.batch, p.requests) for p in parts)
-    with progress(count, "request") as bar:
+    keys = key_sequence(count, config.repeat_ratio, config.seed)
+    with progress(max(keys) + 1, "request") as bar:
         bar.set_description("make requests")
-        inputs, costs = prepare(workload, workload.make(count), slots, directory, bar.update)
+        raws = workload.make(max(keys) + 1)
+        inputs, costs = prepare(workload, raws, keys, slots, directory, bar.update)
     check_memory(config.tp * inputs.slot_bytes * slots)
-    limits = bounds(config, costs[: parts[0].requests])
+    limits = bounds(config, [costs[key] for key in keys[: parts[0].requests]])
     world, collected = World(config, directory), list[Collected]()
     try:
         with progress(sum(_batches(p, config.rounds) for p in parts), "batch") as bar:
             bar.set_description("start processes")
             world.start()
             for part in parts:
-                collected += _Part(config, part, world, bar).run()
+                keyed_bytes = [(key, costs[key].nbytes) for key in keys[: part.requests]]
+                collected += _Part(config, part, world, bar, keyed_bytes).run()
         world.stop()
         left = world.remove_leftovers()
     finally:
         world.kill()
-    sizes = [cost.nbytes for cost in costs]
+    sizes = [costs[key].nbytes for key in keys]
     described = {name: value for name, value in asdict(config).items() if name != "token"}
     return {
-        "config": described | {"scenarios": [asdict(p) for p in parts], "request_bytes": sizes},
+        "config": described | {"scenarios": [asdict(p) for p in parts], "request_bytes": sizes, "keys": keys},
         "bounds": limits,
         "results": [c.result() for c in collected],
         "left_in_shm": left,
@@ -55,9 +59,14 @@ def measure(config: Config, directory: str) -> dict[str, Any]:
 class _Part:
     """One scenario. A strategy that fails is left out from then on, and says why."""
 
-    def __init__(self, config: Config, part: Scenario, world: World, bar: tqdm[Any]) -> None:
-        self.config, self.part, self.world, self.bar = config, part, world, bar
-        self.all = [Collected(s, part.batch, part.requests, STRATEGIES[s].once) for s in part.strategies]
+    def __init__(
+        self, config: Config, part: Scenario, world: World, bar: tqdm[Any], keyed_bytes: list[tuple[int, int]]
+    ) -> None:
+        """`keyed_bytes`: content of each request, and bytes of its arrays."""
+        self.config, self.part, self.world, self.bar, self.keyed_bytes = config, part, world, bar, keyed_bytes
+        self.all = [Collected(s, part.batch, part.requests, spec_of(s).once) for s in part.strategies]
+        for collected in self.all:
+            self._model(collected)
 
     def run(self) -> list[Collected]:
         """A first round that warms up, then the rounds that count, strategies in another order in each."""
@@ -96,8 +105,16 @@ class _Part:
 
     def _serve(self, collected: Collected, batch: range, run: Run | None) -> None:
         served = self.world.serve(collected.strategy, batch)
+        simulated = None
+        if collected.model is not None:
+            before = collected.model.done
+            collected.passes += batch[0] == 0
+            for index in batch:
+                key, nbytes = self.keyed_bytes[index]
+                collected.model.see((collected.passes, key), nbytes + ENTRY_BYTES)
+            simulated = collected.model.done - before
         if run is not None:
-            run.add(served, collected.once)
+            run.add(served, collected.once, simulated)
         collected.problems += [problem for found in self.world.command("verify") for problem in found]
         self.bar.update()
 
@@ -119,7 +136,13 @@ class _Part:
         self.world.start()
         for collected in self._alive():
             if collected.cold_ms is not None:
+                self._model(collected)
                 self.world.command("setup", collected.strategy)
+
+    def _model(self, collected: Collected) -> None:
+        """An empty cache's model, for a strategy that has one."""
+        if spec_of(collected.strategy).cached:
+            collected.model, collected.passes = Lru(self.config.cache_bytes, self.config.cache_entries), 0
 
     def _alive(self) -> list[Collected]:
         return [c for c in self.all if c.error is None]

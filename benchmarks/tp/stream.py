@@ -17,7 +17,9 @@ from tp.arrivals import Request, plan, sources
 from tp.config import Config, Stream
 from tp.inputs import Cost, prepare
 from tp.machine import bounds
+from tp.repeats import ENTRY_BYTES, Lru, Simulated
 from tp.session import check_memory, progress
+from tp.strategies import spec_of
 from tp.stream_measure import StreamCollected, account
 from tp.workloads import make_workload
 from tp.world import ChildError, MemoryPeak, World
@@ -34,9 +36,9 @@ def measure(config: Config, stream: Stream, directory: str) -> dict[str, Any]:
     workload = make_workload(config)
     with progress(len(sizes), "request") as bar:
         bar.set_description("make requests")
-        inputs, costs = prepare(workload, workload.make_sized(sizes), SLOTS, directory, bar.update)
+        inputs, costs = prepare(workload, workload.make_sized(sizes), [], SLOTS, directory, bar.update)
     check_memory(config.tp * inputs.slot_bytes * (SLOTS + config.batch))
-    plans = [plan(stream, sizes, config.requests, [config.seed, n]) for n in range(config.rounds)]
+    plans = [plan(stream, sizes, config.requests, [config.seed, n], config.repeat_ratio) for n in range(config.rounds)]
     work = [costs[request.source] for request in plans[0] if not request.fails]
     limits = bounds(config, work)
     world = World(config, directory)
@@ -50,9 +52,10 @@ def measure(config: Config, stream: Stream, directory: str) -> dict[str, Any]:
         left = world.remove_leftovers()
     finally:
         world.kill()
+    keys = [[request.content for request in requests] for requests in plans]
     described = {name: value for name, value in asdict(config).items() if name != "token"}
     return {
-        "config": described | {"sizes": sizes, "request_bytes": [cost.nbytes for cost in costs]},
+        "config": described | {"sizes": sizes, "request_bytes": [cost.nbytes for cost in costs], "keys": keys},
         "bounds": limits,
         "results": [c.result() for c in collected],
         "left_in_shm": left,
@@ -74,7 +77,7 @@ class _Session:
         self.config, self.world, self.bar = config, world, bar
         self.plans, self.prints, self.costs = plans, prints, costs
         largest = sorted(range(len(costs)), key=lambda i: -costs[i].nbytes)
-        self.warm_up = [Request(source, 0) for source in (largest * WARM_UP)[:WARM_UP]]
+        self.warm_up = [Request(source, 0, content=-1 - n) for n, source in enumerate((largest * WARM_UP)[:WARM_UP])]
 
     def run(self, all_collected: Sequence[StreamCollected]) -> None:
         """Strategies in another order in each round."""
@@ -105,11 +108,23 @@ class _Session:
         collected.problems += account(self.warm_up, warm, self.prints, self.config.late_ms).problems + self._verify()
         with MemoryPeak(world, SAMPLE_S) as watched:
             served = world.serve_stream(name, requests, self._timeout_s(requests))
-        collected.runs.append(account(requests, served, self.prints, self.config.late_ms))
+        run = account(requests, served, self.prints, self.config.late_ms)
+        run.simulated = self._simulated(requests) if spec_of(name).cached else None
+        collected.runs.append(run)
         collected.problems += self._verify()
         world.command("teardown", name)
         collected.peak_shared = max(collected.peak_shared, watched.peak.shared - before.shared)
         collected.peak_private = max(collected.peak_private, watched.peak.private - before.private)
+
+    def _simulated(self, requests: Sequence[Request]) -> Simulated:
+        """What an exact cache would count. What fails is never stored; what is cancelled may or may not be."""
+        model = Lru[int](self.config.cache_bytes, self.config.cache_entries)
+        for stream in (self.warm_up, requests):
+            before = model.done
+            for request in stream:
+                if not request.fails:
+                    model.see(request.content, self.costs[request.source].nbytes + ENTRY_BYTES)
+        return model.done - before
 
     def _verify(self) -> list[str]:
         return [problem for found in self.world.command("verify") for problem in found]

@@ -11,6 +11,7 @@ from typing import Any
 from tp.arrivals import Request
 from tp.measure import percentiles
 from tp.records import Ended, StreamReply
+from tp.repeats import Simulated, counted
 from tp.servers import CANCELLED, FAILED, OK
 from tp.world import Served
 
@@ -32,6 +33,8 @@ class StreamRun:
     fallbacks: int
     alike: bool  # the same requests ended in the same way, order and iteration on all ranks
     problems: list[str]  # what is wrong with outcomes or contents
+    counters: dict[str, int] = field(default_factory=dict)  # the strategy's own
+    simulated: Simulated | None = None  # what an exact cache would count
 
 
 def account(requests: Sequence[Request], served: Served, prints: Sequence[int], late_ms: float) -> StreamRun:
@@ -63,6 +66,7 @@ def account(requests: Sequence[Request], served: Served, prints: Sequence[int], 
         fallbacks=sum(reply.fallbacks for reply in replies),
         alike=alike,
         problems=problems,
+        counters=entry.counters,
     )
 
 
@@ -145,4 +149,5 @@ class StreamCollected:
             "fallbacks": sum(run.fallbacks for run in self.runs),
             "peak_shm_bytes": self.peak_shared,
             "peak_private_bytes": self.peak_private,
+            **counted([run.counters for run in self.runs], [run.simulated for run in self.runs]),
         }

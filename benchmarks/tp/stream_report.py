@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tp import counted_report
 from tp.config import MIB, Config, Stream
 from tp.report import Columns, Document, Result, mib, ms, table, worst
 
@@ -18,7 +19,7 @@ def describe(config: Config, stream: Stream) -> str:
     lines = f"a stream of {config.requests} requests, drawn from {stream.distinct} (mix: {mix}), {how}"
     if stream.cancel_ratio or stream.fail_ratio:
         lines += f"; {stream.cancel_ratio:.0%} are cancelled, {stream.fail_ratio:.0%} fail"
-    return f"{lines}; {stream.workers} workers, a decode tick every {config.tick_ms:g} ms"
+    return f"{lines}; {config.workers} workers, a decode tick every {config.tick_ms:g} ms"
 
 
 def tables(document: Document) -> list[str]:
@@ -26,7 +27,7 @@ def tables(document: Document) -> list[str]:
     results, config = document["results"], document["config"]
     lines = [*table(_summary(results), results), "", *table(_MORE, results), ""]
     lines += _bounds(document["bounds"], config["tp"], config["requests"])
-    return lines + _notes(document)
+    return lines + counted_report.lines(document) + _notes(document)
 
 
 def _summary(results: list[Result]) -> Columns:

@@ -18,7 +18,7 @@ from tp.children import command_loop, give_back_memory, reaped_cpu_ns
 from tp.config import Config
 from tp.inputs import Inputs
 from tp.records import Arrival
-from tp.strategies import STRATEGIES, TokenizerSide, load
+from tp.strategies import TokenizerSide, load, spec_of
 from tp.workloads import Features, NewArray, make_workload
 
 PIPE_BYTES = 1 << 20  # the most that an unprivileged process may have
@@ -33,7 +33,7 @@ class Tokenizer:
 
     def materialize(self, index: int, new: NewArray = np.empty) -> Features:
         """Materialize request `index`; the caller takes the time."""
-        return self.workload.materialize(self.inputs.raws[index], new)
+        return self.workload.materialize(self.inputs.raws[self.inputs.keys[index]], new)
 
     def send(self, payload: bytes | memoryview, materialized_ns: int, materialize_ns: int, publish_ns: int) -> None:
         """Hand one request to rank 0."""
@@ -70,7 +70,7 @@ def main(pipe: Connection, outbox: Connection) -> None:
     active: dict[str, TokenizerSide] = {}
 
     def setup(name: str) -> None:
-        place = STRATEGIES[name].tokenizer
+        place = spec_of(name).tokenizer
         if place is not None:
             active[name] = load(place)(me)
             active[name].setup()
