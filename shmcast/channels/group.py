@@ -1,4 +1,4 @@
-"""`GroupChannel`: messages over a gloo group of ``torch.distributed``; the only module above the core that imports torch.
+"""`GroupChannel`: messages over a gloo group of ``torch.distributed``. Above the core, only this and `pair` import torch.
 
 A message is one broadcast of a tensor of `FRAME_BYTES`, whatever its length, since a second collective would double its
 cost. What does not fit goes in a second broadcast, whose length the first one announces, so that every rank runs the

@@ -28,7 +28,7 @@ def live() -> int:
 
 def promised(tensor) -> None:
     """Sent and dropped."""
-    features.take_back(features.promise(tensor))
+    features.take_back(features.promise(tensor)[0])
 
 
 def test_a_feature_that_is_refilled_keeps_one_block() -> None:

@@ -167,6 +167,21 @@ def test_states_at_any_time(pointer, installed) -> None:
     assert live() == 0
 
 
+def test_a_stub_is_sent_again_after_it_was_consumed(pointer, installed) -> None:
+    """What became of a state elsewhere does not matter where the stub was made."""
+    import torch
+
+    sent = torch.arange(50_000.0)
+    stub = pointer(sent)
+    for _ in range(3):
+        assert torch.equal(over_pickle(stub).materialize(), sent)
+        assert live() > 0  # what was consumed has been reclaimed
+        assert torch.equal(stub.tensor, sent) and torch.equal(stub.materialize(), sent)
+    assert copies() == 1
+    del stub, sent
+    assert live() == 0
+
+
 def test_n_samples_after_a_finished_warm_up(pointer, installed) -> None:
     """One publish in all, though the warm-up was consumed and freed before the samples were sent."""
     import torch
@@ -243,6 +258,21 @@ def sends_and_waits(parent) -> None:
     kept = torch.ones(50_000)
     parent.send(pickle.dumps(ShmPointerMMData(kept)))
     parent.receive()
+
+
+@pytest.mark.parametrize("lost", ["shape", "dtype", "shm_name", "precomputed_hash"])
+def test_a_state_that_lacks_something_never_raises(pointer, installed, lost) -> None:
+    import torch
+
+    state = pointer(torch.arange(50_000.0)).__getstate__()
+    del state[lost]
+    stub = pointer.__new__(pointer)
+    stub.__setstate__(state)
+    if lost in ("shape", "dtype"):
+        with pytest.raises(RuntimeError):
+            stub.materialize()
+    del stub
+    assert live() == 0
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None, 5])

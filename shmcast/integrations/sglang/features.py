@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ... import _native, arrays, tensors
 from ...arena import Arena
-from ...attach import ANYBODY, attach, lease_of
+from ...attach import ANYBODY, Lease, attach, lease_of
 from ...errors import HandleError, StaleHandleError, UnsupportedArrayError
 from ...handle import Handle
 from ...own_arena import is_own, own_arena
@@ -25,8 +25,8 @@ _kept: dict[int, _Kept] = {}
 _lock = threading.RLock()
 
 
-def promise(tensor: Any) -> Handle:
-    """The handle of a CPU tensor's values, with the promise that one more process may attach it.
+def promise(tensor: Any) -> tuple[Handle, Lease]:
+    """The handle of a CPU tensor's values, with the promise that one more process may attach it; and a lease on them.
 
     The first time the tensor is copied and hashed in one pass. As long as it lives its block is kept, and sending it again
     costs a look at its bytes, lest a tensor that was refilled travels as what it was. A view of a block that is there already
@@ -34,13 +34,13 @@ def promise(tensor: Any) -> Handle:
     try:
         origin = lease_of(tensor)
         if origin is not None:
-            return _promised(origin.handle)
+            return _promised(origin.handle), attach(origin.handle)
         arena = own_arena()
         with _lock:
             kept = _kept.get(id(tensor))
             if kept is None or kept.tensor() is not tensor or kept.arena() is not arena or not _holds(kept, tensor):
                 kept = _keep(arena, tensor)
-            return arena.alias(kept.handle)
+            return arena.alias(kept.handle), attach(kept.handle)
     except (UnsupportedArrayError, HandleError) as error:
         raise OSError(str(error)) from error
     except ValueError as error:  # of the configuration

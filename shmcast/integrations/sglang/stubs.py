@@ -1,7 +1,8 @@
 """The methods of SGLang's ``ShmPointerMMData``: what stands for a feature on its way from a tokenizer to the ranks.
 
 A stub of ours has a handle, and attaches it when somebody wants the values: not in a process that hands it on. It carries a
-promise for one process more (see `features`); who hands it on hands the promise on, and who drops it ends it.
+promise for one process more (see `features`); who hands it on hands the promise on, and who drops it ends it. Where it was
+made, and where somebody has wanted the values, it has a lease: it can be handed on again whatever became of it elsewhere.
 
 ::
 
@@ -26,7 +27,8 @@ KEY = "shmcast"
 """In the state: the handle's bytes."""
 
 _HANDLE, _LEASE, _PROMISED = "_shmcast_handle", "_shmcast_lease", "_shmcast_promised"
-"""Attributes of a stub: its handle; a lease, once somebody has wanted the values; whether it has a promise to hand on."""
+"""Attributes of a stub: its handle; a lease, from the start where it was made, elsewhere once somebody has wanted the values;
+whether it has a promise to hand on."""
 
 
 _round = threading.local()
@@ -51,8 +53,9 @@ def init(self: Any, tensor: Any, precomputed_hash: int | None = None) -> None:
     """``ShmPointerMMData(tensor, precomputed_hash)``. OSError where shared memory is short."""
     if not tensor.is_cpu:
         tensor = tensor.cpu()
-    handle = features.promise(tensor)
+    handle, lease = features.promise(tensor)
     _fill(self, handle, tensor.shape, tensor.dtype, precomputed_hash, promised=True)
+    vars(self)[_LEASE] = lease
 
 
 def getstate(self: Any) -> dict[str, Any]:
@@ -66,7 +69,8 @@ def getstate(self: Any) -> dict[str, Any]:
         if attributes[_PROMISED]:
             attributes[_PROMISED] = False
         else:
-            handle = features.again(handle)
+            lease = attributes[_LEASE]
+            handle = features.again(handle if lease is None else lease.handle)
     return {
         "shm_name": self.shm_name,
         "shape": self.shape,
@@ -86,7 +90,8 @@ def setstate(self: Any, state: dict[str, Any]) -> None:
         handle: Handle | None = Handle.from_bytes(state[KEY])
     except Exception as wrong:
         handle, error = None, f"{type(wrong).__name__}: {wrong}"
-    _fill(self, handle, state["shape"], state["dtype"], state.get("precomputed_hash"), promised=handle is not None)
+    shape, dtype = state.get("shape"), state.get("dtype")
+    _fill(self, handle, shape, dtype, state.get("precomputed_hash"), promised=handle is not None)
     self._materialization_error = error
 
 
@@ -159,8 +164,9 @@ def _attached(self: Any) -> Lease:
     """A lease of its own for each tensor, so that one who writes does not write into another's; one of them stays with the
     stub, so that the block does."""
     attributes = vars(self)
-    lease = attach(attributes[_HANDLE])
-    attributes[_LEASE] = attributes[_LEASE] or lease
+    if attributes[_LEASE] is not None:
+        return attach(attributes[_LEASE].handle)
+    lease = attributes[_LEASE] = attach(attributes[_HANDLE])
     attributes[_PROMISED] = False  # attaching has used it up
     return lease
 
