@@ -48,7 +48,7 @@ def _cache_lines(config: dict[str, Any], results: list[dict[str, Any]]) -> list[
 
 
 def _verdict(cache: dict[str, Any]) -> str:
-    if cache["evicted"] and cache["joined"]:
+    if not cache["same_hits"] and cache["evicted"] and cache["joined"]:
         return "not to be compared: several were under way at once, and what was evicted then no model knows"
     return f"hits and joined the same: {'yes' if cache['same_hits'] else 'NO'}"
 

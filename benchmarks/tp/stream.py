@@ -109,7 +109,8 @@ class _Session:
         with MemoryPeak(world, SAMPLE_S) as watched:
             served = world.serve_stream(name, requests, self._timeout_s(requests))
         run = account(requests, served, self.prints, self.config.late_ms)
-        run.simulated = self._simulated(requests) if spec_of(name).cached else None
+        if spec_of(name).cached and not (self.config.stream and self.config.stream.switch_every_s):
+            run.simulated = self._simulated(requests)  # some modes do without the cache
         collected.runs.append(run)
         collected.problems += self._verify()
         world.command("teardown", name)
