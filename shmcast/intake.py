@@ -262,7 +262,7 @@ class Intake:
             end, failure = lockstep.FAILED, lockstep.failure_of(error)
         with self._lock:
             if request.state in _NOT_STARTED:
-                self._settle(request, end, part, failure)
+                self._settle(request, end, part, failure, known=True)
                 part = None
             self._level()
         if part is not None:
@@ -305,15 +305,23 @@ class Intake:
         for part in parts:
             part.withdraw()
 
-    def _settle(self, request: Request, end: int, part: Encoded | None = None, failure: Failure | None = None) -> None:
-        """With the lock held: how a request ends, if that does not change before it is taken."""
+    def _settle(
+        self,
+        request: Request,
+        end: int,
+        part: Encoded | None = None,
+        failure: Failure | None = None,
+        known: bool = False,
+    ) -> None:
+        """With the lock held: how a request ends, if that does not change before it is taken. ``known``: what the blocks of
+        the value take has been counted for an equal one, or by the cache."""
         if request.state in _NOT_STARTED:
             request.raw = None
             self._drop_raw(request)
         if request.state in (*_NOT_STARTED, RUNNING):
             self._unfinished -= 1
         self._result_bytes -= request.result_bytes
-        request.result_bytes = 0 if part is None else part.published_bytes + len(part.blob)
+        request.result_bytes = 0 if part is None else len(part.blob) + (0 if known else part.published_bytes)
         self._result_bytes += request.result_bytes
         request.state = READY
         request.end, request.part, request.failure, request.expired = end, part, failure, False
@@ -417,6 +425,9 @@ class Intake:
         if self._event is not None:
             with suppress(BlockingIOError):  # it is empty already
                 os.eventfd_read(self._event)
+            for queue, state in ((self._asked, ASKED), (self._queue, QUEUED)):
+                while queue and queue[0].state != state:  # it has ended, or a cast has made it
+                    queue.popleft()
             if self._ready or self._asked or self._queue:
                 os.eventfd_write(self._event, 1)
 
