@@ -588,3 +588,29 @@ def test_any_ends_at_any_time(seed: int, executor: Any, budget: str) -> None:
         for pool in (caster._intake._pool, caster._intake._clerk):
             assert pool is None or pool.join(LONG_S)
         assert in_use(arena) == 0
+
+
+@pytest.mark.parametrize("where", ["key", "keep", "send"])
+def test_an_interrupt_costs_one_request_and_is_raised(
+    group: shmcast.Group, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    maker = Maker()
+    with cached(group, maker, executor="inline") as caster:
+        assert outcomes_of(caster.cast([("a", 1000)])) == {"a": 1000 % 251}
+        desk = caster._intake._desk
+        owner = desk if where == "key" else desk.cache
+        before = getattr(owner, where)
+
+        def interrupted(*arguments: Any) -> Any:
+            monkeypatch.setattr(owner, where, before)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, where, interrupted)
+        for number, raw in enumerate((1000, 2000, 2000)):
+            caster.submit(number, raw)
+        with pytest.raises(KeyboardInterrupt):
+            caster.step()
+        outcomes = {outcome.rid: outcome for outcome in free(caster)}
+        assert outcomes[0].ok == (where == "keep")
+        assert outcomes_of([outcomes[1], outcomes[2]]) == {1: 2000 % 251, 2: 2000 % 251}
+        assert caster._intake.inflight_bytes == 0
