@@ -100,10 +100,11 @@ class Caster:
         request of more fails. ``on_full``: what `submit` does at either limit; see there.
 
         ``cache_bytes``, ``cache_entries``: answer requests by what equal ones have given, of which that much at most is kept
-        in the arena, the least recently used given up first, and all of it before there is no room for others. Of equal
-        ones that come while one is materialized the others wait for it. None for both: nothing is kept. ``cache_key``:
-        what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`, in a thread that
-        all requests pass. What ``materialize`` makes must depend on the raw request alone then, which nobody changes.
+        in the arena (what counts: see `cache`), the least recently used given up first, and all of it before there is no
+        room for others. Of equal ones that come while one is materialized the others wait for it. None for both: nothing is
+        kept. ``cache_key``: what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`,
+        in a thread that all requests pass. What ``materialize`` makes must depend on the raw request alone then, which
+        nobody changes.
 
         ``mode``: which way requests go, see `modes`; "shm" where neither it nor ``SHMCAST_MODE`` says another. ``raw_everywhere``:
         `submit` and `cast` are given the raw requests on every rank, which "replicate" needs; and if the group breaks, each

@@ -213,8 +213,12 @@ class Intake:
         made = self._maker.make(request, raw)
         del raw
         self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
-        kept = self._keep(request, made)
         end, part, failure, interrupt = made
+        kept = None
+        try:
+            kept = self._keep(request, made)
+        except BaseException as error:  # what was made is as good as without a cache
+            interrupt = interrupt or _interrupt(error)
         joined: list[Request] = []
         with self._lock:
             self._running.pop(request.serial, None)
@@ -228,9 +232,8 @@ class Intake:
             self._level()
         if part is not None:
             part.withdraw()  # nobody wants it any more
-        if kept is not None:
-            for each in joined:
-                self._answer(each, kept)
+        for each in joined:
+            interrupt = self._answer(each, kept) or interrupt
         return interrupt
 
     def work(self, until: float, serials: Sequence[int] | None = None) -> None:
@@ -256,32 +259,32 @@ class Intake:
             self._work_on(request)
 
     def _work_on(self, request: Request) -> None:
-        if request.state == ASKED:
-            self._ask(request)
-            return
+        leader = None
         with self._lock:
-            leader = self._desk.leader(request) if self._desk is not None and request.state == WAITING else None
-        self._run_here(request if leader is None else leader)
-
-    def _run_here(self, request: Request) -> None:
-        interrupt = self._run(request)
+            if self._desk is not None and request.state == WAITING:
+                leader = self._desk.leader(request)
+        interrupt = self._ask(request) if request.state == ASKED else self._run(leader or request)
         if interrupt is not None:
             raise interrupt
 
     # ---- what is known already
 
-    def _ask(self, request: Request) -> None:
-        """On the clerk's thread, or in `work`: what is to be done for a request that has come."""
+    def _ask(self, request: Request) -> BaseException | None:
+        """On the clerk's thread, or in `work`: what is to be done for a request that has come. Returns as `_run` does."""
         desk = self._desk
         with self._lock:
             raw = request.raw
             if request.state != ASKED or desk is None:
-                return
-        key = desk.key(raw)
+                return None
+        try:
+            key = desk.key(raw)
+        except BaseException as error:
+            self._end([request.serial], lockstep.FAILED, lockstep.failure_of(error))
+            return _interrupt(error)
         del raw
         with self._lock:
             if request.state != ASKED:
-                return
+                return None
             kept, leader = desk.ask(request, key)
             if leader is not None:
                 request.state = WAITING
@@ -289,36 +292,33 @@ class Intake:
                     self._pool.hasten(leader)
             elif kept is None:
                 self._queue_up(request)
-        if kept is not None:
-            self._answer(request, kept)
+        return None if kept is None else self._answer(request, kept)
 
     def _keep(self, request: Request, made: Made) -> Kept | None:
-        """What can be sent again for whoever has waited for this one; None: they have to go on without."""
+        """What can be sent again for whoever has waited for this one; None: they have to go on without. Raises where the arena
+        has ended, or no mapping can be had."""
         if self._desk is None or request.key is None or request.state != RUNNING or made.end not in VALUES:
             return None
-        try:
-            return self._desk.cache.keep(request.key, made.end, made.part)
-        except Exception:  # the arena has ended, or no mapping can be had: what was made is as good as without a cache
-            return None
+        return self._desk.cache.keep(request.key, made.end, made.part)
 
-    def _answer(self, request: Request, kept: Kept) -> None:
-        """End a request that has not started with what an equal one has given."""
-        end, part, failure = kept.end, None, None
+    def _answer(self, request: Request, kept: Kept | None) -> BaseException | None:
+        """End a request that has not started with what an equal one has given. Returns as `_run` does."""
+        if self._desk is None or kept is None:
+            return None
+        end, part, failure, interrupt = kept.end, None, None, None
         try:
             if request.state in _NOT_STARTED and kept.end == lockstep.VALUE:
-                part = self._send(kept)
+                part = self._desk.cache.send(kept)
         except BaseException as error:
-            end, failure = lockstep.FAILED, lockstep.failure_of(error)
+            end, failure, interrupt = lockstep.FAILED, lockstep.failure_of(error), _interrupt(error)
         with self._lock:
             if request.state in _NOT_STARTED:
-                self._settle(request, end, part, failure)
+                self._settle(request, end, part, failure, known=True)
                 part = None
             self._level()
         if part is not None:
             part.withdraw()
-
-    def _send(self, kept: Kept) -> Encoded | None:
-        return None if self._desk is None else self._desk.cache.send(kept)
+        return interrupt
 
     def _landed(self, request: Request) -> list[Request]:
         """With the lock held: who has waited for it, if anybody has."""
@@ -356,15 +356,23 @@ class Intake:
         for part in parts:
             part.withdraw()
 
-    def _settle(self, request: Request, end: int, part: Encoded | None = None, failure: Failure | None = None) -> None:
-        """With the lock held: how a request ends, if that does not change before it is taken."""
+    def _settle(
+        self,
+        request: Request,
+        end: int,
+        part: Encoded | None = None,
+        failure: Failure | None = None,
+        known: bool = False,
+    ) -> None:
+        """With the lock held: how a request ends, if that does not change before it is taken. ``known``: what the blocks of
+        the value take has been counted for an equal one, or by the cache."""
         if request.state in _NOT_STARTED:
             request.raw = None
             self._drop_raw(request)
         if request.state in (*_NOT_STARTED, RUNNING):
             self._unfinished -= 1
         self._result_bytes -= request.result_bytes
-        request.result_bytes = 0 if part is None else part.published_bytes + len(part.blob)
+        request.result_bytes = 0 if part is None else len(part.blob) + (0 if known else part.published_bytes)
         self._result_bytes += request.result_bytes
         request.state = READY
         request.end, request.part, request.failure, request.expired = end, part, failure, False
@@ -506,6 +514,9 @@ class Intake:
         if self._event is not None:
             with suppress(BlockingIOError):  # it is empty already
                 os.eventfd_read(self._event)
+            for queue, state in ((self._asked, ASKED), (self._queue, QUEUED)):
+                while queue and queue[0].state != state:  # it has ended, or a cast has made it
+                    queue.popleft()
             if self._ready or self._asked or self._queue or self._shown:
                 os.eventfd_write(self._event, 1)
 
@@ -556,3 +567,8 @@ class Intake:
         self._tally.level("inflight_bytes", self.inflight_bytes)
         if self._pool is not None and self._max_bytes is not None:
             self._pool.nudge()
+
+
+def _interrupt(error: BaseException) -> BaseException | None:
+    """What is to be raised in the caller's thread too, if it is the caller's."""
+    return error if isinstance(error, KeyboardInterrupt) else None

@@ -537,3 +537,37 @@ def test_an_interrupt_while_growing_leaves_the_name_of_a_segment_in_service(name
         numbers = [number for number, *_ in owner.segments()]
         assert numbers == [1, 2]
         assert all(os.path.exists(f"/dev/shm{segments.name(number)}") for number in numbers)
+
+
+def test_what_can_be_given_up_makes_room() -> None:
+    with shmcast.Arena.create("4MiB", segment_bytes="1MiB") as arena:
+        held = {name: [arena.publish(block(MIB // 2), readers=0, keep=True) for _ in range(3)] for name in "ab"}
+        calls: list[str] = []
+
+        def giver(name: str):
+            def give_up() -> bool:
+                calls.append(name)
+                if not held[name]:
+                    return False
+                return arena.release(held[name].pop(0))
+
+            return give_up
+
+        givers = [giver(name) for name in "ab"]
+        for give_up in givers:
+            arena.on_pressure(give_up)
+        live = [arena.publish(block(MIB // 2), readers=0, keep=True) for _ in range(2)]
+        assert not calls
+        live.append(arena.publish(block(MIB), readers=0, keep=True))  # two that lie side by side
+        assert set(calls) == {"a"}
+        calls.clear()
+        arena.off_pressure(givers[0])
+        with pytest.raises(ArenaFullError):
+            arena.publish(block(3 * MIB))
+        assert calls == ["b"] * 4
+        assert not held["b"]
+        with pytest.raises(ArenaFullError):  # not even then, so nothing need be given up
+            arena.publish(block(5 * MIB))
+        assert calls == ["b"] * 4
+        arena.off_pressure(givers[1])
+        assert all(arena.is_live(handle) for handle in live)

@@ -105,6 +105,21 @@ def test_urgent_jobs_come_first(pools: Any) -> None:
     assert later.begun.wait(LONG_S)
 
 
+def test_a_job_that_waits_can_be_made_urgent(pools: Any) -> None:
+    pool, jobs = pools(1, may_start=lambda job: job is jobs[0])
+    (first,) = some(pool, jobs, 1)
+    assert first.begun.wait(LONG_S)
+    second, third = some(pool, jobs, 2)
+    pool.hasten(third)
+    pool.hasten(first)  # it runs already
+    pool.hasten(Job())  # it was never here
+    first.may_end.set()
+    assert third.begun.wait(LONG_S)
+    third.may_end.set()
+    assert third.ended.wait(LONG_S)
+    assert not second.begun.is_set()
+
+
 def test_what_may_not_start_waits_and_urgent_jobs_pass_it(pools: Any) -> None:
     open_ = threading.Event()
     asked = threading.Event()
