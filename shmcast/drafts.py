@@ -56,7 +56,7 @@ def write(pickled: bytes, parts: Sequence[Part]) -> bytes:
         pieces.append(code)
         pieces += [length.to_bytes(8, "little") for length in shape]
     pieces.append(pickled)
-    pieces += [memoryview(part.source).cast("B") for part in parts if part.source is not None]
+    pieces += [part.source for part in parts if part.source is not None]
     body = b"".join(pieces)
     return _HEAD.pack(MAGIC, VERSION, _native.hash128(body) & _MASK_64) + body
 

@@ -212,7 +212,7 @@ class Workers:
     # ---- processes
 
     def _hire(self, request: Request) -> "_Process":
-        """A worker for a request, ready. RuntimeError where none comes up."""
+        """A worker for a request, ready. MaterializeError where none comes up, OSError where none can be started."""
         lost = 0
         while True:
             process = self._next(request)
@@ -223,8 +223,11 @@ class Workers:
                 self._dismiss(request, process, False)
                 lost += 1
                 # It has not been given the request, which another one can have.
-                if not isinstance(error, _LostError) or lost == _STARTS_A_REQUEST:
-                    raise RuntimeError(f"{lost} worker processes ended before they had a request: {error}") from None
+                if not isinstance(error, _LostError):
+                    raise
+                if lost == _STARTS_A_REQUEST:
+                    text = f"{lost} worker processes ended before they had the request, the last: {error}"
+                    raise MaterializeError.of(None, "WorkerLostError", text, "") from None
 
     def _next(self, request: Request) -> "_Process":
         while True:
@@ -331,20 +334,20 @@ class _Process:
         """Wait until it has imported everything; _LostError where it has ended, or does not get there."""
         if self._ready:
             if connection.wait([self._pidfd], 0):
-                raise self._lost("while it had nothing to do")
+                self.bury()
+                raise _LostError(f"worker process {self.pid} {self.end_text}, while it had nothing to do")
             return
         try:
             message = self.receive(until)
         except _LostError as error:
-            raise self._lost(f"before it was ready {error}") from None
+            self.bury()
+            raise _LostError(f"worker process {self.pid} {str(error) or self.end_text}, before it was ready") from None
         if message[:1] == worker.FAILED:
             failure = worker.failure_in(message)
-            raise self._lost(f"while it started: {failure.kind}: {failure.text}\n{failure.traceback}")
+            raise _LostError(
+                f"worker process {self.pid} could not start: {failure.kind}: {failure.text}\n{failure.traceback}"
+            )
         self._ready = True
-
-    def _lost(self, when: str) -> _LostError:
-        self.bury()
-        return _LostError(f"worker process {self.pid} {self.end_text}, {when}")
 
     def send(self, message: bytes) -> None:
         """_LostError where it has ended."""
@@ -358,7 +361,7 @@ class _Process:
         left = None if until is None else max(until - time.monotonic(), 0.0)
         ready = connection.wait([self._link, self._pidfd], left)
         if not ready:
-            raise _LostError(f"though it was waited for, up to {START_TIMEOUT_S} s")
+            raise _LostError(f"was waited for up to {START_TIMEOUT_S} s")
         if self._link not in ready:
             raise _LostError
         try:
