@@ -8,6 +8,7 @@ from . import lockstep
 from .codec import Encoded
 from .content import Hash
 from .group import Group
+from .in_place import InPlace
 from .lockstep import Failure
 from .modes import Way
 from .request import Request
@@ -59,7 +60,8 @@ class Here:
         """See `Maker`."""
         place = None
         try:
-            place = self._group.in_place(self._no_room, self._hash) if self._out_name is not None else None
+            # What is not sent as handles is not made in shared memory either, which may be what fails.
+            place = self._place(request.route.way is Way.SHM) if self._out_name is not None else None
             value = call(self._materialize, raw, self._out_name, None if place is None else place.array)
             if value is None:
                 return Made(lockstep.NONE)
@@ -76,6 +78,11 @@ class Here:
 
     def close(self) -> None:
         """See `Maker`."""
+
+    def _place(self, shared: bool) -> InPlace:
+        if shared:
+            return self._group.in_place(self._no_room, self._hash)
+        return InPlace(None, tokens=(), keep=False, grant_timeout=None)
 
     def _no_room(self, nbytes: int) -> None:
         self._tally.add("out_full")
