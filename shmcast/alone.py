@@ -16,7 +16,7 @@ from .ledger import Ledger
 from .outcome import Outcome
 from .replicas import Replicas
 
-_FOR_EVER_S = 1e9
+FOR_EVER_S = 1e9
 
 _log = logging.getLogger("shmcast")
 
@@ -37,10 +37,15 @@ class Alone:
         self._replicas = replicas
         self.cause: GroupError | None = None
         """Why it goes on alone, if it does."""
+        self._forbidden = False
+
+    def forbid(self) -> None:
+        """This rank was given something else than the others: what it would have alone is not what they have."""
+        self._forbidden = True
 
     def check(self, cause: GroupError) -> None:
-        """Raises the cause where this rank can not go on: it has no raw requests, or the group could."""
-        if self._raws is None or self._group.closed or self._group.broken is None:
+        """Raises the cause where this rank can not go on: it has no raw requests, or other ones, or the group could."""
+        if self._raws is None or self._forbidden or self._group.closed or self._group.broken is None:
             raise cause
 
     def go(self, cause: GroupError) -> None:
@@ -53,24 +58,29 @@ class Alone:
 
     def begin(self, serial: int) -> None:
         """Materialize a request in the background, unless that has begun."""
-        raw = None if self._raws is None else self._raws.get(serial)
+        raw = self._raw(serial)
         if raw is not None and not self._replicas.has(serial):
             self._replicas.begin(serial, raw)
 
-    def outcomes(self, serials: "Iterable[int] | None", ending: Ending) -> list[Outcome]:
-        """Of these, or of all that is pending; waits for them, however long they take, unless nobody does. They are still
-        pending then."""
-        return [self._outcome(serial, ending) for serial in tuple(self._ledger.rids if serials is None else serials)]
+    def outcomes(self, serials: "Iterable[int] | None", ending: Ending, patience: float = FOR_EVER_S) -> list[Outcome]:
+        """Of these, or of all that is pending; waits for each of them, up to ``patience`` seconds, unless nobody does. They are
+        still pending then."""
+        serials = tuple(self._ledger.rids if serials is None else serials)
+        return [self._outcome(serial, ending, patience) for serial in serials]
 
-    def _outcome(self, serial: int, ending: Ending) -> Outcome:
+    def _raw(self, serial: int) -> Any:
+        return None if self._raws is None else self._raws.get(serial)
+
+    def _outcome(self, serial: int, ending: Ending, patience: float) -> Outcome:
         rid = self._ledger.rids[serial]
         if ending == "cancelled":
             return Outcome(rid, cancelled=True)
-        if not self._replicas.has(serial):
-            return Outcome(rid)  # it was given None
+        if self._raw(serial) is None:
+            return Outcome(rid)
         try:
             if ending:
                 raise GroupError(CLOSED)
-            return Outcome(rid, self._replicas.take(serial, _FOR_EVER_S))
+            self.begin(serial)  # where an interrupt has come between its value and its outcome
+            return Outcome(rid, self._replicas.take(serial, patience))
         except Exception as error:
             return Outcome(rid, error=MaterializeError.of(rid, *lockstep.failure_of(error)))

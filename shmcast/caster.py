@@ -31,21 +31,19 @@ from .errors import GroupError, HandleError
 from .executors import Executor
 from .group import Group
 from .intake import Intake
-from .ledger import Ledger
+from .ledger import CALLS, Ledger
 from .limits import Limits, OnFull, seconds
 from .lockstep import Head, Record
 from .modes import Mode, Route
-from .outcome import Outcome
+from .outcome import Outcome, count
 from .parts import Received
 from .replicas import Replicas
 from .request import size_of
 from .sending import Sender
-from .sizes import parse_bytes
 from .tally import Tally
 
 Predicate: TypeAlias = Callable[[Any], bool]
 
-_CALLS = {lockstep.STEP: "step", lockstep.CAST: "cast"}
 _ALONE = b"shmcast: the entry rank goes on alone"
 """What `Caster.collect` gives then."""
 _LONGEST_SILENCE_S = 10.0
@@ -127,7 +125,7 @@ class Caster:
         self._lock = threading.Lock()  # the books below; never held while something is waited for
         self._ledger = Ledger(group.rank == group.entry)
         self._collected = self._closed = False
-        self._mode = Mode.parse(modes.configured(mode), raw_everywhere)
+        self._mode = modes.first(mode, raw_everywhere)
         self._raws: dict[int, Any] | None = {} if raw_everywhere else None
         self._awaited: list[int] = []  # requests that the next step waits for
         self._ending: alone.Ending = ""
@@ -135,14 +133,15 @@ class Caster:
         desk = make_desk(group, **limits, tally=self._tally)
         self._intake: Intake | None = None
         threads = 0 if executor == "inline" else workers
-        self._replicas = Replicas(materialize, workers=threads, tally=self._tally, ended=self._made)
-        self._delivery = Delivery(self._replicas, {} if self._raws is None else self._raws, group.timeout / 2)
-        self._alone_now = Alone(group, self._ledger, self._raws, self._replicas)
         if group.rank == group.entry:
-            sender = Sender(group, self._tally, self._threshold(inline_bytes))
+            sender = Sender(group, self._tally, inline.threshold(group, inline_bytes, self._tally))
             maker = executors.make_maker(executor, group, sender, materialize, workers, tally=self._tally, hash=hash)
             max_bytes = self._limits.max_bytes
             self._intake = Intake(maker, workers=threads, max_bytes=max_bytes, tally=self._tally, desk=desk)
+        self._replicas = Replicas(materialize, workers=threads, tally=self._tally, watch=self._intake)
+        raws = {} if self._raws is None else self._raws
+        self._delivery = Delivery(self._replicas, raws, group.timeout / 2, always_agree=raw_everywhere)
+        self._alone_now = Alone(group, self._ledger, self._raws, self._replicas)
 
     # ---- any thread
 
@@ -191,17 +190,15 @@ class Caster:
         with self._lock:
             self._check_new(rid)
             self._limits.check(rid, len(self._ledger.pending), decides=self._intake is not None)
-        intake = self._intake
-        if intake is None or self._alone_now.cause is not None:
-            with self._lock:
-                self._check_new(rid)
-                self._enter(rid, raw)
-            return
-        raw_bytes = size_of(raw)
-        if raw is not None:
+        intake = self._intake if self._alone_now.cause is None else None
+        raw_bytes = 0 if intake is None else size_of(raw)
+        if intake is not None and raw is not None:
             self._limits.wait(intake, raw_bytes)
         with self._lock:
             self._check_new(rid)
+            if intake is None or self._alone_now.cause is not None:
+                self._enter(rid, raw)
+                return
             refusal = "" if raw is None else self._limits.shed(intake, raw_bytes, len(self._ledger.pending))
             route = self._route(rid)
             # Under the lock, so that who sees it pending can cancel it.
@@ -298,13 +295,13 @@ class Caster:
                 return b""
             try:
                 self._group.check("collect")
+                self._wait_ready(intake, 0.0, None)
+                if not intake.any_ready():
+                    return b""
+                blob = self._pack(intake, lockstep.STEP, None, rides=True)
             except GroupError as error:
                 self._go_alone(error)
                 return _ALONE
-            self._wait_ready(intake, 0.0, None)
-            if not intake.any_ready():
-                return b""
-            blob = self._pack(intake, lockstep.STEP, None, rides=True)
             self._collected = True
             return blob
 
@@ -326,7 +323,10 @@ class Caster:
             return []
         with self._alone("apply", applies=True):
             if self._alone_now.cause is not None or blob == _ALONE:
-                return self._outcomes_alone(GroupError("the entry rank goes on without the others"))
+                self._collected = False
+                return self._outcomes_alone(
+                    self._group.give_up(GroupError("the entry rank goes on without the others"))
+                )
             try:
                 _, received = self._group.unpack(blob, self._delivery.finish)
             except HandleError:
@@ -412,6 +412,8 @@ class Caster:
             self._tally.add("requests")
         if self._alone_now.cause is not None:
             self._alone_now.begin(serial)
+            if self._intake is not None:
+                self._intake.show(True)
         self._tally_pending()
         return serial
 
@@ -419,21 +421,6 @@ class Caster:
         route = self._mode.route_of(rid)
         self._tally.add(f"mode_{route.way.value}")
         return route
-
-    def _threshold(self, inline_bytes: int | str) -> int:
-        """In bytes, of results that travel in the message."""
-        arena = self._group.arena
-        if inline_bytes == "measure":
-            found = 0 if arena is None else inline.measured_bytes(arena.namespace, self._group.size)
-        else:
-            found = parse_bytes(inline_bytes, "inline_bytes") if inline_bytes else 0
-        self._tally.gauge("inline_bytes", found)
-        return found
-
-    def _made(self, serial: int) -> None:
-        """Of what all ranks materialize, this one has something; in any thread."""
-        if self._intake is not None:
-            self._intake.made(serial)
 
     # ---- out
 
@@ -457,14 +444,14 @@ class Caster:
         try:
             blob = None
             # Before anything is waited for that can not be sent.
-            self._group.check(_CALLS[call])
+            self._group.check(CALLS[call])
             if self._intake is not None:
                 complete = self._wait_ready(self._intake, timeout, serials)
                 blob = self._pack(self._intake, call, serials if serials is None or complete else ())
             _, received = self._group.exchange(blob, self._delivery.finish)
         except GroupError as error:
             return self._outcomes_alone(error, serials)
-        return self._deliver(call, received, exact=True)
+        return self._deliver(call, received, exact=True, serials=serials)
 
     def _wait_ready(self, intake: Intake, timeout: float, serials: Sequence[int] | None) -> bool:
         """Wait for ``serials``, or for what was submitted to be done in this step, or for anything. False in vain."""
@@ -500,11 +487,13 @@ class Caster:
             self._group.give_up(GroupError(f"step {self._group.step + 1}: no message could be made: {error!r}"))
             raise
 
-    def _deliver(self, call: int, received: list[Received], exact: bool) -> list[Outcome]:
+    def _deliver(
+        self, call: int, received: list[Received], exact: bool, serials: Sequence[int] | None = None
+    ) -> list[Outcome]:
         """``exact``: this rank makes the call that the entry rank has made the message in, so both were given the same."""
         said = self._delivery.said
         if isinstance(said, HandleError):
-            raise self._group.give_up(GroupError(f"step {self._group.step}: {said}")) from said
+            return self._outcomes_alone(self._group.give_up(GroupError(f"step {self._group.step}: {said}")), serials)
         with self._lock:
             problem = self._ledger.disagreement(said, call, exact)
             if not problem:
@@ -515,6 +504,7 @@ class Caster:
                 self._limits.reported_bytes = said.inflight_bytes if self._ledger.pending else 0
                 self._tally_outcomes(outcomes)
         if problem:
+            self._alone_now.forbid()
             raise self._group.give_up(GroupError(f"step {self._group.step}, rank {self._group.rank}: {problem}"))
         return outcomes
 
@@ -522,8 +512,6 @@ class Caster:
         """None where it has only begun."""
         outcome = self._delivery.outcome(self._ledger.rids[record.serial], record, values)
         if outcome is not None:
-            if record.end in lockstep.BEGINS and self._intake is not None:
-                self._intake.forget(record.serial)
             self._leave(record.serial)
         return outcome
 
@@ -537,7 +525,7 @@ class Caster:
     def _outcomes_alone(self, cause: GroupError, serials: Sequence[int] | None = None) -> list[Outcome]:
         """Of ``serials``, or of all; whatever the group has become. Raises the cause where this rank can not go on."""
         self._go_alone(cause)
-        outcomes = self._alone_now.outcomes(serials, self._ending)
+        outcomes = self._alone_now.outcomes(serials, self._ending, _HUNG_S if self._closed else alone.FOR_EVER_S)
         with self._lock:
             for outcome in outcomes:
                 self._leave(self._ledger.pending[outcome.rid])
@@ -549,11 +537,11 @@ class Caster:
     def _go_alone(self, cause: GroupError) -> None:
         if self._alone_now.cause is None:
             self._alone_now.check(cause)
-            if self._intake is not None:
-                self._intake.close(shown=True)
             with self._lock:
                 self._limits.reported_bytes = 0
                 self._alone_now.go(cause)
+            if self._intake is not None:
+                self._intake.close(shown=True)
 
     # ---- the end
 
@@ -572,6 +560,8 @@ class Caster:
             self._closed = True
             self._ledger.clear()
             self._tally_pending()
+            if self._raws is not None:
+                self._raws.clear()
         self._replicas.close()
         if self._intake is not None:
             self._intake.close()
@@ -583,10 +573,6 @@ class Caster:
             self._tally.level("pending", len(self._ledger.pending))
 
     def _tally_outcomes(self, outcomes: list[Outcome]) -> None:
-        if self._intake is None or not outcomes:
-            return
-        for outcome in outcomes:
-            name = "cancelled" if outcome.cancelled else "ok" if outcome.error is None else "failed"
-            self._tally.add(f"outcomes_{name}")
-        self._tally.observe("batch_requests", len(outcomes))
-        self._tally_pending()
+        if self._intake is not None and outcomes:
+            count(outcomes, self._tally)
+            self._tally_pending()

@@ -80,6 +80,11 @@ class InPlace:
         self._blocks: list[_Block] = []
         self._ended = False
 
+    @property
+    def shared(self) -> bool:
+        """Whether there is an arena to make things in."""
+        return self._arena is not None
+
     def array(self, shape: int | Sequence[int], dtype: Any) -> arrays.ndarray:
         """A writable ndarray in C order, not initialized. It is made read-only when the tree that holds it, or a part of it,
         is encoded, and is not to be kept beyond that: its bytes are the readers' then, and others' after them.

@@ -14,6 +14,9 @@ from functools import partial
 from . import arrays, codec
 from .arena import Arena
 from .errors import ArenaError
+from .group import Group
+from .sizes import parse_bytes
+from .tally import Tally
 
 SIZES_BYTES = tuple(1 << power for power in range(10, 19))
 """1 KiB to 256 KiB: what is larger than all of them is always published."""
@@ -21,6 +24,16 @@ _ROUNDS = 9
 _ARENA_BYTES = 1 << 20
 
 _log = logging.getLogger("shmcast")
+
+
+def threshold(group: Group, inline_bytes: int | str, tally: Tally) -> int:
+    """In bytes, as a caster was told, or measured; also in the metrics. ValueError, TypeError where it is none."""
+    if inline_bytes == "measure":
+        found = 0 if group.arena is None else measured_bytes(group.arena.namespace, group.size)
+    else:
+        found = 0 if inline_bytes == 0 else parse_bytes(inline_bytes, "inline_bytes")
+    tally.gauge("inline_bytes", found)
+    return found
 
 
 def measured_bytes(namespace: str, ranks: int) -> int:

@@ -103,7 +103,8 @@ class Intake:
         self._unfinished = 0
         self._closed = False
         self._event: int | None = None
-        self._shown = False  # whether the descriptor is to be readable though nothing is here
+        self._lasts = False  # whether the descriptor stays though this is closed
+        self._shown = False  # whether it is to be readable though nothing is here
         self._pool = Pool(self._run, workers, may_start=self._may_start, name="shmcast-worker") if workers else None
         self._clerk = Pool(self._ask, 1, name="shmcast-clerk") if workers and desk is not None else None
 
@@ -339,14 +340,14 @@ class Intake:
         parts: list[Encoded] = []
         with self._lock:
             if serials is None:
-                serials = [serial for serial, request in self._requests.items() if request.state != READY]
+                serials = [serial for serial, request in self._requests.items() if not request.ready]
             for serial in serials:
                 request = self._requests.get(serial)
                 if request is None:
                     continue
                 if request.part is not None:
                     parts.append(request.part)
-                if request.route.way is Way.REPLICATE:
+                if request.route.way.everywhere:
                     self._drop_raw(request)
                 if request.state == RUNNING:
                     latest = time.monotonic() + _CANCEL_GRACE_S
@@ -447,9 +448,9 @@ class Intake:
             ready = self._ready.values() if serials is None else [self._ready[serial] for serial in serials]
             for request in ready:
                 values += request.end in lockstep.CAN_FAIL
-                if serials is None and values > MAX_VALUES:
-                    break
-                requests.append(request)
+                # What is to be in this message is in it, however much that is.
+                if serials is not None or values <= MAX_VALUES or request.route.sync:
+                    requests.append(request)
             # As they are now: what only begins with this message may be cancelled before it is made.
             taken = [Taken(request.record, request.part) for request in requests]
             for request in requests:
@@ -458,7 +459,7 @@ class Intake:
                     self._begin_everywhere(request)
                 else:
                     del self._requests[request.serial]
-                    if request.route.way is Way.REPLICATE:
+                    if request.route.way.everywhere:
                         self._drop_raw(request)  # of others a worker may have it still
                     request.state = TAKEN
                 if request.expired:
@@ -471,11 +472,20 @@ class Intake:
 
     def _begin_everywhere(self, request: Request) -> None:
         """With the lock held: every rank materializes it from here on, this one too, and `made` says when it is done."""
+        if not request.raw_bytes:  # it went raw: as much as was sent
+            request.raw_bytes = request.result_bytes
+            self._raw_bytes += request.raw_bytes
         request.state, request.part = RUNNING, None
         self._unfinished += 1
         self._running[request.serial] = request
-        if request.timeout is not None:
-            request.deadline = time.monotonic() + request.timeout
+
+    def started(self, serial: int) -> None:
+        """Of what every rank materializes: a worker of this one has begun with it. From any thread."""
+        with self._lock:
+            request = self._running.get(serial)
+            if request is not None and request.state == RUNNING and request.timeout is not None:
+                request.deadline = time.monotonic() + request.timeout
+                self._changed.notify_all()
 
     def made(self, serial: int) -> None:
         """Of what every rank materializes: this one is done with it. From any thread."""
@@ -485,24 +495,10 @@ class Intake:
                 self._drop_raw(request)
                 self._settle(request, lockstep.BEGUN)
 
-    def forget(self, serial: int) -> None:
-        """A request that has ended though nothing was ready: some rank could not begin it."""
-        with self._lock:
-            request = self._requests.pop(serial, None)
-            self._running.pop(serial, None)
-            self._ready.pop(serial, None)
-            if request is not None and request.state == RUNNING:
-                self._unfinished -= 1
-            if request is not None:
-                self._drop_raw(request)
-                request.state = TAKEN
-            self._signal()
-            self._level()
-
     def fileno(self) -> int:
         """A descriptor that is readable while something is ready, or is for `work` to do. Made when first asked for."""
         with self._lock:
-            if self._closed and not self._shown:
+            if self._closed and not self._lasts:
                 raise ValueError("fileno: the caster is closed")
             if self._event is None:
                 self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -546,7 +542,7 @@ class Intake:
             self._asked.clear()
             self._queue.clear()
             self._raw_bytes = self._result_bytes = self._unfinished = 0
-            self._shown = shown
+            self._lasts = self._shown = shown
             self._signal()
             if not shown and self._event is not None:
                 event, self._event = self._event, None

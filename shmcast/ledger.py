@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from . import lockstep
 from .lockstep import Head
 
-_CALLS = {lockstep.STEP: "step", lockstep.CAST: "cast"}
+CALLS = {lockstep.STEP: "step", lockstep.CAST: "cast"}
 
 
 class Ledger:
@@ -56,7 +56,7 @@ class Ledger:
         """What is not the same here as on the entry rank; "" if all is. ``exact``: this rank makes the call that the entry
         rank has made the message in, so both were given the same."""
         if said.call != call:
-            return f"the entry rank is in {_CALLS[said.call]}(), this rank in {_CALLS[call]}()"
+            return f"the entry rank is in {CALLS[said.call]}(), this rank in {CALLS[call]}()"
         if not self._decides:
             if said.submitted > self.submitted or (exact and said.submitted != self.submitted):
                 return (

@@ -45,9 +45,11 @@ STEP, CAST = 0, 1
 VALUE, NONE, FAILED, REFUSED, CANCELLED, BEGIN_RAW, BEGIN_OWN, BEGUN, RAW, OWN = range(10)
 """Ends, and what there is before the end."""
 BEGINS = frozenset((BEGIN_RAW, BEGIN_OWN))
-"""Are followed by another record of the same request, unless a rank fails at them."""
+"""Are followed by another record of the same request, whatever becomes of it on a rank."""
+MADE_AT_ONCE = frozenset((RAW, OWN))
+"""Are materialized by every rank when the message comes."""
 HAVE_PART = frozenset((VALUE, BEGIN_RAW, RAW))
-CAN_FAIL = frozenset((VALUE, BEGIN_RAW, BEGIN_OWN, BEGUN, RAW, OWN))
+CAN_FAIL = frozenset((VALUE, BEGUN, RAW, OWN))
 """Of which a rank may have to say that it could not do it."""
 
 _FIXED = Struct("<4sBB2xQQQI")

@@ -8,6 +8,7 @@ from . import lockstep
 from .codec import Encoded
 from .content import Hash
 from .group import Group
+from .in_place import InPlace
 from .lockstep import Failure
 from .modes import Way
 from .request import Request
@@ -59,7 +60,8 @@ class Here:
         """See `Maker`."""
         place = None
         try:
-            place = self._group.in_place(self._no_room, self._hash) if self._out_name is not None else None
+            if self._out_name is not None:
+                place = place_for(self._group, request, self._no_room, self._hash)
             value = call(self._materialize, raw, self._out_name, None if place is None else place.array)
             if value is None:
                 return Made(lockstep.NONE)
@@ -107,6 +109,14 @@ class ByWay:
     def close(self) -> None:
         """See `Maker`."""
         self._maker.close()
+
+
+def place_for(group: Group, request: Request, no_room: Callable[[int], object], hash: Hash) -> InPlace:
+    """Where the value of a request is made. What is not sent as handles is not made in shared memory either, which may be
+    what fails."""
+    if request.route.way is Way.SHM:
+        return group.in_place(no_room, hash)
+    return InPlace(None, tokens=(), keep=False, grant_timeout=None)
 
 
 def call(materialize: Callable[..., Any], raw: Any, out_name: str | None, out: "Callable[..., Any] | None") -> Any:

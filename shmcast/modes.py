@@ -10,9 +10,11 @@
     WAY[-sync|-async][:PERCENT%]      "shm", "raw-sync", "shm:10%", "object-async:2.5%"
 
 ``async`` (where nothing is said): in the background, and the outcome comes with the first step that finds it done.
-``sync``: the next step has it, and waits for it. A percentage is a roll-out: of all request ids that share go this way,
-the same ids in every process and as long as the percentage is not lowered; the others go the old way: ``replicate`` where
-every rank is given raw requests, ``object`` elsewhere. 0 % is none of them, 100 % is all.
+``sync``: the next step has it, and waits for it, up to 10 s and a third of the group's timeout, in which the others wait
+for the entry rank; what every rank materializes is then materialized in the step, without a timeout of its own. A
+percentage is a roll-out: of all request ids that share go this way, the same ids in every process and as long as the
+percentage is not lowered; the others go the old way: ``replicate`` where every rank is given raw requests, ``object``
+elsewhere. 0 % is none of them, 100 % is all. Ids of one type that `lockstep.chain` knows nothing of go the same way.
 
 The entry rank alone chooses, for each request as it comes, and its message says which way that was: ranks can not diverge,
 whatever is switched when and where.
@@ -96,6 +98,12 @@ class Mode(NamedTuple):
         return self.route if share < self.percent / 100 * _SHARES else self.rest
 
 
-def configured(mode: str | None) -> str:
-    """What is in force at first: `VARIABLE`, else what the caster was made with, else "shm"."""
-    return os.environ.get(VARIABLE) or mode or Way.SHM.value
+def first(mode: str | None, raw_everywhere: bool) -> Mode:
+    """What is in force at first: `VARIABLE`, else what the caster was made with, else "shm". ValueError as for `Mode.parse`."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return Mode.parse(mode or Way.SHM.value, raw_everywhere)
+    try:
+        return Mode.parse(text, raw_everywhere)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from None

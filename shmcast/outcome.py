@@ -3,6 +3,8 @@
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
+from .tally import Tally
+
 
 class Outcome(NamedTuple):
     """What a request has become, the same on every rank."""
@@ -26,3 +28,11 @@ class Outcome(NamedTuple):
         if self.cancelled:
             raise CancelledError(f"request {self.rid!r} was cancelled")
         return self.value
+
+
+def count(outcomes: list[Outcome], tally: Tally) -> None:
+    """In the metrics: what came of them, in one step."""
+    for outcome in outcomes:
+        name = "cancelled" if outcome.cancelled else "ok" if outcome.error is None else "failed"
+        tally.add(f"outcomes_{name}")
+    tally.observe("batch_requests", len(outcomes))

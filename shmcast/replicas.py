@@ -3,9 +3,10 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from .errors import without_frames
+from . import lockstep
+from .errors import MaterializeError, without_frames
 from .in_place import InPlace
 from .materializing import call, out_parameter
 from .pool import Pool
@@ -28,6 +29,16 @@ class _Replica:
         self.error: BaseException | None = None
 
 
+class Watch(Protocol):
+    """Who wants to know how far requests are, by their serial numbers; called in any thread."""
+
+    def started(self, serial: int) -> None:
+        """A worker has begun with it."""
+
+    def made(self, serial: int) -> None:
+        """`Replicas.take` would not wait for it any more, or would make it."""
+
+
 class Replicas:
     """Requests that have begun on this rank, until their values are taken or nobody wants them any more."""
 
@@ -37,15 +48,14 @@ class Replicas:
         *,
         workers: int,
         tally: Tally,
-        ended: Callable[[int], object] = lambda serial: None,
+        watch: Watch | None = None,
     ) -> None:
-        """``workers``: threads; 0: everything is materialized in the thread that takes it. ``ended``: called with the serial
-        number of what has been materialized, or has failed, in the background."""
+        """``workers``: threads; 0: everything is materialized in the thread that takes it."""
         self._materialize = materialize
         self._out_name = out_parameter(materialize)
         self._workers = workers
         self._tally = tally
-        self._ended = ended
+        self._watch = watch
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._begun: dict[int, _Replica] = {}
@@ -53,9 +63,9 @@ class Replicas:
         self._late: dict[_Replica, float] = {}  # when the workers of what was dropped are given up
 
     def begin(self, serial: int, raw: Any) -> None:
-        """Materialize a request in the background. RuntimeError where no thread can be had."""
+        """Materialize a request in the background. Where no thread can be had, `take` says so."""
         replica = _Replica(serial, raw)
-        self._expire()
+        self.expire()
         with self._lock:
             self._begun[serial] = replica
             if self._workers and self._pool is None:
@@ -64,11 +74,19 @@ class Replicas:
         if pool is not None:
             try:
                 pool.put(replica)
-            except BaseException:
-                self.drop(serial, 0.0)
-                raise
+            except RuntimeError as error:
+                self.fail(serial, error)
         else:
-            self._ended(serial)  # as far as it goes without a thread
+            self._say_made(serial)  # as far as it goes without a thread
+
+    def fail(self, serial: int, error: Exception) -> None:
+        """A request that can not be begun: `take` raises this."""
+        replica = _Replica(serial, None)
+        replica.started = replica.ended = True
+        replica.error = without_frames(error)
+        with self._lock:
+            self._begun[serial] = replica
+        self._say_made(serial)
 
     def has(self, serial: int) -> bool:
         """Whether a request has begun, and its value was not taken."""
@@ -85,21 +103,29 @@ class Replicas:
             if here:
                 replica.started = True
         if here:
-            self._make(replica)
+            self._make(replica, here=True)
+        done = self._wait(replica, until)
         with self._lock:
-            done = self._changed.wait_for(
-                lambda: replica.ended, min(max(until - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
-            )
-            del self._begun[serial]
+            self._begun.pop(serial, None)
             replica.dropped = True
             value, replica.value = replica.value, None
             error, replica.error = replica.error, None
         if not done:
             self._abandon(replica)
-            raise TimeoutError(f"not materialized on this rank {timeout} s after the entry rank had it")
+            raise TimeoutError(f"not materialized on this rank, which has waited for it for {timeout:.3g} s")
         if error is not None:
             raise error
         return value
+
+    def _wait(self, replica: _Replica, until: float) -> bool:
+        """Whether it ends until then. Meanwhile too, workers are given up: one of them may be what it waits for."""
+        while True:
+            self.expire()
+            with self._lock:
+                now = time.monotonic()
+                if replica.ended or now >= until:
+                    return replica.ended
+                self._changed.wait(min(min([until, *self._late.values()]) - now, threading.TIMEOUT_MAX))
 
     def now(self, raw: Any) -> Any:
         """Materialize a raw request in this thread."""
@@ -122,7 +148,7 @@ class Replicas:
             replica.raw = replica.value = replica.error = None
             if replica.started and not replica.ended:
                 self._late[replica] = time.monotonic() + grace
-        self._expire()
+        self.expire()
 
     def close(self) -> None:
         """Forget everything; what runs is not waited for. Idempotent."""
@@ -135,7 +161,8 @@ class Replicas:
         if pool is not None:
             pool.close()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Give up the workers whose time has come; to be called now and then."""
         now = time.monotonic()
         with self._lock:
             gone = [replica for replica, until in self._late.items() if replica.ended or until <= now]
@@ -153,17 +180,30 @@ class Replicas:
             if replica.dropped:
                 return
             replica.started = True
+        if self._watch is not None:
+            self._watch.started(replica.serial)
         self._make(replica)
         if not replica.dropped:
-            self._ended(replica.serial)
+            self._say_made(replica.serial)
 
-    def _make(self, replica: _Replica) -> None:
-        value, error = None, None
+    def _say_made(self, serial: int) -> None:
+        if self._watch is not None:
+            self._watch.made(serial)
+
+    def _make(self, replica: _Replica, here: bool = False) -> None:
+        """``here``: in the thread that takes it, where an interrupt is meant for whoever waits there."""
+        value: Any = None
+        error: BaseException | None = None
         raw, replica.raw = replica.raw, None
         try:
             value = self.now(raw)
         except BaseException as failure:
-            error = without_frames(failure) if isinstance(failure, Exception) else failure
+            if isinstance(failure, Exception):
+                error = without_frames(failure)
+            elif here and isinstance(failure, KeyboardInterrupt):
+                error = failure
+            else:  # what ends a program or a thread where it is raised on purpose ends one request here
+                error = MaterializeError.of(replica.serial, *lockstep.failure_of(failure))
         with self._lock:
             if not replica.dropped:
                 replica.value, replica.error = value, error

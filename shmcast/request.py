@@ -68,6 +68,11 @@ class Request:
         """What it counts for in `Intake.inflight_bytes`."""
 
     @property
+    def ready(self) -> bool:
+        """Whether its end is known, so that it takes no more than a message."""
+        return self.state == READY and self.end not in lockstep.BEGINS | lockstep.MADE_AT_ONCE
+
+    @property
     def record(self) -> Record:
         """For the message that it is taken into."""
         return Record(self.serial, self.end, self.failure)

@@ -42,7 +42,7 @@ from .errors import GroupError, MaterializeError, shown
 from .group import Group
 from .in_place import InPlace
 from .lockstep import Failure
-from .materializing import Made
+from .materializing import Made, place_for
 from .request import Request
 from .sending import Sender
 from .tally import Tally
@@ -125,7 +125,7 @@ class Workers:
                 job = worker.JOB + pickle.dumps(raw, 5)
             except Exception as error:
                 raise TypeError(f"the raw request can not be sent to a worker process: {error}") from error
-            place = self._group.in_place(lambda nbytes: None, self._hash)
+            place = place_for(self._group, request, lambda nbytes: None, self._hash)
             draft = self._ask(request, job, place)
             if draft is None:
                 return Made(lockstep.NONE)
@@ -193,7 +193,7 @@ class Workers:
             nbytes, wanted = worker.WANTED.unpack(message[1:])
             block = place.block(nbytes)
             if block is None:
-                if wanted and self._group.arena is not None:
+                if wanted and place.shared:
                     self._tally.add("out_full")
                 process.send(worker.NO_ROOM)
                 continue

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import jobs
 import shmcast
-from jobs import LONG_S, MIB, job, pids_of, right, same, tree_of, tree_of_out, workers_of
+from jobs import LONG_S, job, pids_of, right, same, tree_of, tree_of_out, workers_of
 from makers import free
 from ranks import Patched, Rank, Ranks, in_use, settle
 from shmcast import Caster, MaterializeError, process, workers
@@ -292,7 +291,7 @@ def materialize(raw, out):
 """
 
 
-def run(path: Path, guard: str) -> "subprocess.CompletedProcess[str]":
+def run(path: Path, guard: str) -> subprocess.CompletedProcess[str]:
     path.write_text(SCRIPT.format(guard=guard))
     return subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=LONG_S, cwd=path.parent)
 
