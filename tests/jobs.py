@@ -33,7 +33,7 @@ class Pair:
 
 
 def workers_of(caster: shmcast.Caster) -> Workers:
-    maker = caster._intake._maker
+    maker = caster._intake._maker._maker  # behind the one that sends raw requests as they are
     assert isinstance(maker, Workers)
     return maker
 
