@@ -614,3 +614,25 @@ def test_an_interrupt_costs_one_request_and_is_raised(
         assert outcomes[0].ok == (where == "keep")
         assert outcomes_of([outcomes[1], outcomes[2]]) == {1: 2000 % 251, 2: 2000 % 251}
         assert caster._intake.inflight_bytes == 0
+
+
+def test_what_is_cancelled_while_it_is_sent_again_is_taken_back(
+    group: shmcast.Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cached(group, Maker()) as caster:
+        assert outcomes_of(caster.cast([("a", 50_000)])) == {"a": 50_000 % 251}
+        kept = caster._intake._desk.cache
+        send = kept.send
+
+        def cancelled(what: Any) -> Any:
+            part = send(what)
+            caster.cancel("b")
+            return part
+
+        monkeypatch.setattr(kept, "send", cancelled)
+        caster.submit("b", 50_000)
+        (outcome,) = caster.step(LONG_S)
+        assert outcome.cancelled
+        assert caster._intake.inflight_bytes == 0
+        caster.close()
+        assert caster._intake._clerk.join(LONG_S)  # and the fixture finds nothing left
