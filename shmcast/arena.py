@@ -315,11 +315,13 @@ class Arena:
         """Have ``give_up`` called wherever there is no room, again and again until there is: in any thread, with no lock held.
 
         It gives up something that it holds in this arena; False: it has nothing any more."""
-        self._givers = (*self._givers, give_up)
+        with self._segments.lock:
+            self._givers = (*self._givers, give_up)
 
     def off_pressure(self, give_up: Callable[[], bool]) -> None:
         """Not any more."""
-        self._givers = tuple([each for each in self._givers if each != give_up])
+        with self._segments.lock:
+            self._givers = tuple([each for each in self._givers if each != give_up])
 
     # ---- the end
 

@@ -17,7 +17,7 @@ Buffer: TypeAlias = Any
 
 _MAX_CODE_LENGTH = 0xFFFF
 _MAX_CACHED = 1024
-_PIECE_BYTES = 1 << 18
+_PIECE_WORDS = 1 << 16
 _MAX_CACHED_LENGTH = 256  # of a code; longer ones come from strangers who fill the cache, hardly from anybody else
 
 
@@ -154,9 +154,13 @@ def _copy(array: ndarray, target: Buffer) -> None:
 def same_bytes(first: Buffer, second: Buffer) -> bool:
     """Whether two buffers have the same bytes. Without the GIL, piece by piece, so that nothing large is made for it."""
     one, other = np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8)
-    return one.size == other.size and all(
-        np.array_equal(one[at : at + _PIECE_BYTES], other[at : at + _PIECE_BYTES])
-        for at in range(0, one.size, _PIECE_BYTES)
+    if one.size != other.size:
+        return False
+    end = one.size // 8 * 8  # by words, which takes half the time
+    words, others = one[:end].view(np.uint64), other[:end].view(np.uint64)
+    return np.array_equal(one[end:], other[end:]) and all(
+        np.array_equal(words[at : at + _PIECE_WORDS], others[at : at + _PIECE_WORDS])
+        for at in range(0, words.size, _PIECE_WORDS)
     )
 
 

@@ -148,3 +148,14 @@ def test_caches_are_bounded() -> None:
         assert arrays.dtype_of(arrays.code_of(np.dtype(f"V{length}"))).itemsize == length
     assert len(arrays._codes) <= 1024
     assert len(arrays._dtypes) <= 1024
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, (1 << 19) - 1, (1 << 19) + 8, (1 << 20) + 3])
+def test_same_bytes_sees_each_of_them(rng: np.random.Generator, size: int) -> None:
+    one = rng.integers(0, 256, size, dtype=np.uint8)
+    assert arrays.same_bytes(one, one.copy())
+    assert not arrays.same_bytes(one, one[: size - 1]) or not size
+    for at in {0, size // 2, size - 9, size - 8, size - 1, (1 << 19) - 1, 1 << 19} & set(range(size)):
+        other = one.copy()
+        other[at] ^= 1 << int(rng.integers(8))
+        assert not arrays.same_bytes(one, other), at

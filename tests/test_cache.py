@@ -1,6 +1,6 @@
 """What a caster keeps: exactly what the least recently used rule says, never anybody else's, and nothing that is in the way.
 
-Equal requests at once: `test_cache_flight`. Several ranks: `test_cache_ranks`. Keys: `test_keys`."""
+Equal requests at once: `test_cache_flight`, `test_cache_storm`. Several ranks: `test_cache_ranks`. Keys: `test_keys`."""
 
 from __future__ import annotations
 

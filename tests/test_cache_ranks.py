@@ -205,3 +205,27 @@ def kept_for_a_rank(here: Rank) -> None:
 
 def test_what_a_rank_holds_stays(ranks: Ranks) -> None:
     ranks.run(kept_for_a_rank)
+
+
+def twice_in_one(here: Rank) -> None:
+    """Arrays that are equal in one result, and to those of another one: each promise is made as often as it is kept."""
+    with make_group(here, "auto", max_bytes="16MiB") as group:
+        with Caster(group, lambda raw: [np.full(50_000, 5), np.full(50_000, 5), raw], cache_bytes="4MiB") as caster:
+            for number in range(30):
+                (outcome,) = caster.cast([(number, number % 3)])
+                first, second, raw = outcome.value
+                assert (first == second).all()
+                assert (first[0], raw) == (5, number % 3)
+                del outcome, first, second
+            settle(here, group)
+            if group.arena is not None:
+                assert counted(caster)["reused"] == 5
+                assert counted(caster)["hits"] == 27
+                assert in_use(group.arena) == 1
+        settle(here, group)
+        if group.arena is not None:
+            assert in_use(group.arena) == 0
+
+
+def test_what_is_twice_in_one_result(ranks: Ranks) -> None:
+    ranks.run(twice_in_one)
