@@ -100,7 +100,10 @@ def test_what_is_not_there_is_refused(bad: Part, text: str) -> None:
 def test_tensors_are_inside_too() -> None:
     good = drafts.write(PICKLE, [part("bfloat16", (32,), kind="torch"), part("int64", (0,), kind="torch", source=b"")])
     _, things = drafts.read(good, blocks())
-    assert [(str(thing.dtype), tuple(thing.shape)) for thing in things] == [("torch.bfloat16", (32,)), ("torch.int64", (0,))]
+    assert [(str(thing.dtype), tuple(thing.shape)) for thing in things] == [
+        ("torch.bfloat16", (32,)),
+        ("torch.int64", (0,)),
+    ]
     for bad in (part("bfloat16", (33,), kind="torch"), part("bfloat16", (1,), kind="torch", offset=63)):
         with pytest.raises(HandleError, match="of block 0, which has 64"):
             drafts.read(drafts.write(PICKLE, [bad]), blocks())
@@ -120,7 +123,10 @@ def test_tensors_are_inside_too() -> None:
         (signed(struct.pack("<IQBBHBIQ", 1, 0, 2, 0, 0, 0, 0, 0)), "kind 2"),
         (signed(struct.pack("<IQBBHBIQ", 1, 0, 0, 9, 0, 0, 0, 0)), "place 9"),
         (signed(struct.pack("<IQBBHBIQ", 1, 0, 0, 0, 65535, 0, 0, 0)), "ends at"),
-        (signed(struct.pack("<IQBBHBIQ", 1, 0, 0, 1, 5, 1, 0, 0) + b"uint8" + bytes([9]) + bytes(7)), "9 bytes, 0 are left"),
+        (
+            signed(struct.pack("<IQBBHBIQ", 1, 0, 0, 1, 5, 1, 0, 0) + b"uint8" + bytes([9]) + bytes(7)),
+            "9 bytes, 0 are left",
+        ),
     ],
 )
 def test_forged_heads(raw: bytes, text: str) -> None:

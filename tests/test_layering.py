@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("own_arena", "compat", "stages"),  # stand in for functions of engines
     ("lockstep", "pool", "tally"),  # what the entry rank tells the others of requests; threads; counts
     ("outcome", "request", "ledger", "materializing"),  # what becomes of a request; who makes a value of it
-    ("drafts", "worker", "workers"),  # the same in processes of their own
+    ("drafts", "worker", "staff", "workers"),  # the same in processes of their own
     ("intake", "caster"),  # requests on the entry rank; on all ranks
     ("futures",),
 )
