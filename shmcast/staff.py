@@ -64,14 +64,16 @@ class Staff:
         self._missing = count
         self._problem = ""
         self._closed = False
-        self._nursery = _Nursery(setup, path)
+        self._setup = setup
+        self._nursery = _Nursery(path)
         try:
             with self._lock:
                 while self._missing and not self._problem:
                     self._start()
                 self._changed.wait_for(lambda: len(self._idle) == count or self._problem, START_TIMEOUT_S)
-                problem = self._problem if len(self._idle) < count else ""
-            if problem:
+                ready, problem = len(self._idle), self._problem
+            if ready < count:
+                problem = problem or f"{ready} are ready after {START_TIMEOUT_S} s"
                 raise RuntimeError(f"start {count} worker processes: {problem}")
         except BaseException:
             self.close()
@@ -183,7 +185,7 @@ class Staff:
                 self._coming.add(process)
                 if self._closed:
                     process.kill()
-            process.await_ready(time.monotonic() + START_TIMEOUT_S)
+            process.set_up(self._setup, time.monotonic() + START_TIMEOUT_S)
         except Exception as error:
             problem = str(error) or type(error).__name__
         if process is not None and (problem or not self._joins(process)):
@@ -206,7 +208,7 @@ class Staff:
 class Process:
     """One worker process, as the rank sees it."""
 
-    def __init__(self, setup: bytes, path: list[str]) -> None:
+    def __init__(self, path: list[str]) -> None:
         """``path``: where it finds this module."""
         self._lock = threading.Lock()
         self._status: int | None = None
@@ -223,18 +225,23 @@ class Process:
                 self._link.close()
                 raise
         self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)  # it is not reaped, so the number is still its own
-        with suppress(OSError):  # it has ended: `await_ready` says so
-            self._link.send_bytes(setup)
+        try:
+            self._pidfd = os.pidfd_open(self.pid)  # it is not reaped, so the number is still its own
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            self._link.close()
+            raise
 
     @property
     def alive(self) -> bool:
         """Whether it has not ended yet."""
         return self._status is None and not connection.wait([self._pidfd], 0)
 
-    def await_ready(self, until: float) -> None:
+    def set_up(self, setup: bytes, until: float) -> None:
         """Wait until it has imported everything; LostError where it has ended, or does not get there."""
         try:
+            self.send(setup)
             message = self.receive(until)
         except LostError as error:
             self.bury()
@@ -311,8 +318,8 @@ class Process:
 class _Nursery:
     """The thread that starts workers. See above why it is one."""
 
-    def __init__(self, setup: bytes, path: list[str]) -> None:
-        self._setup, self._path = setup, path
+    def __init__(self, path: list[str]) -> None:
+        self._path = path
         self._wanted: queue.SimpleQueue[Future[Process] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="shmcast-nursery", daemon=True)
         self._thread.start()
@@ -331,7 +338,7 @@ class _Nursery:
     def _serve(self) -> None:
         while (future := self._wanted.get()) is not None:
             try:
-                future.set_result(Process(self._setup, self._path))
+                future.set_result(Process(self._path))
             except BaseException as error:
                 future.set_exception(error)
             del future
