@@ -66,6 +66,7 @@ def main(fd: int, rank: int) -> None:
     faulthandler.enable()
     if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         _native.keep_freed(_KEPT_BYTES)
+    os.set_inheritable(fd, False)
     link = Connection(fd)
     os.register_at_fork(after_in_child=link.close)  # a child of the function's does not keep it open
     try:
@@ -104,7 +105,7 @@ def _begin(setup: Setup, link: Connection) -> "_Worker":
     finally:
         del current._inheriting
     if setup.arena is not None:
-        os.close(names.open_writable(names.segment_name(*setup.arena, 1)))  # what a job would fail with, now
+        os.close(names.open_writable(names.segment_name(*setup.arena, names.CONTROL)))  # or jobs would fail, one by one
     return _Worker(materialize, link, setup.arena)
 
 

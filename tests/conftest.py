@@ -28,7 +28,7 @@ ONCE = {
     "test_kill", "test_soak", "test_model", "test_model_agree", "test_model_bell", "test_model_tie", "test_native_threads",
     "test_fuzz_corpus", "test_hostile", "test_situations_ends", "test_situations_forks", "test_situations_limits",
     "test_situations_paused", "test_situations_pids", "test_situations_small", "test_foreign", "test_foreign_users", "test_gc_watch",
-    "test_gc_output", "test_steps",
+    "test_gc_output", "test_steps", "test_workers_death",
 }  # fmt: skip
 SEED_VARIABLE = "SHMCAST_TEST_SEED"
 # The watchdog's second bite must reach the terminal, so stderr is kept from before pytest captures it.

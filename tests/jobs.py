@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import shmcast
+from shmcast.staff import Staff
 from shmcast.workers import Workers
 
 LONG_S = 60.0
@@ -38,11 +39,13 @@ def workers_of(caster: shmcast.Caster) -> Workers:
     return maker
 
 
+def staff_of(caster: shmcast.Caster) -> Staff:
+    return workers_of(caster)._staff
+
+
 def pids_of(caster: shmcast.Caster) -> list[int]:
-    """Of all workers, those that have something to do included."""
-    maker = workers_of(caster)
-    with maker._lock:
-        return sorted([process.pid for process in [*maker._idle, *maker._hired.values()]])
+    """Of all workers that are ready."""
+    return sorted(workers_of(caster).pids)
 
 
 def ended(pidfd: int) -> bool:
@@ -310,7 +313,7 @@ ACTIONS: dict[str, Callable[[int, Any], Any]] = {
 
 
 class Fragile:
-    """Can be sent to workers, and be taken in by them unless there is a file."""
+    """Can be sent to workers, and be taken in by them unless there is a file, or once somebody writes into the pipe there."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -318,7 +321,10 @@ class Fragile:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if os.path.exists(self._path):
-            raise FileExistsError(self._path)
+            if not stat.S_ISFIFO(os.stat(self._path).st_mode):
+                raise FileExistsError(self._path)
+            with open(self._path) as pipe:
+                pipe.read()
 
     def __call__(self, raw: Any, out: Any) -> Any:
         return job(raw, out)

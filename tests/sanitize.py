@@ -56,6 +56,7 @@ ADDRESSES, THREADS = "address,undefined", "thread"
 PYTHON_TESTS = (
     "test_ls.py", "test_codec_plain.py", "test_modes.py", "test_sweep.py", "test_gc.py",
     "test_native_claims.py", "test_native_ring.py", "test_native_agree.py", "test_native_meter.py", "test_hostile.py",
+    "test_native_window.py", "test_drafts.py",
     "test_arena.py", "test_attach.py", "test_codec.py", "test_hash.py", "test_handle.py", "test_arrays.py",
     "test_reservation.py", "test_in_place.py", "test_message.py", "test_lockstep.py", "test_metrics.py",
 )  # fmt: skip

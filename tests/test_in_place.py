@@ -260,6 +260,26 @@ def test_after_the_end(arena: shmcast.Arena, place: InPlace) -> None:
     assert in_use(arena) == 0
 
 
+def test_blocks_for_another_process(arena: shmcast.Arena, place: InPlace) -> None:
+    assert place.block(100) is None
+    found = [place.block(20_000 + number) for number in range(2)]
+    assert [(number, array.nbytes) for number, array, _ in found] == [(0, 20_000), (1, 20_001)]
+    (_, first, at), (_, second, behind) = (each for each in found if each is not None)
+    assert at[0] == behind[0]
+    assert at[1] % 4096 == behind[1] % 4096 == 0
+    assert second.ctypes.data - first.ctypes.data == behind[1] - at[1]
+    second[:] = 3
+    encoded = encode({"x": second[:20_000].view("float32")}, place, arena)
+    (received,) = codec.loads(encoded.blob).values()
+    assert received.tobytes() == bytes([3]) * 20_000
+    assert len(encoded.handles) == 1
+    del received, first, second, found
+    place.end()
+    with pytest.raises(ValueError, match="has been encoded, or has failed"):
+        place.block(20_000)
+    give_back(encoded, arena)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "error"), [(-1, "u1", ValueError), (3, "O", TypeError), (3, "x", TypeError)]
 )

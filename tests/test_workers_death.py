@@ -14,7 +14,7 @@ import pytest
 import jobs
 import shmcast
 from child import Child, Link
-from jobs import LONG_S, job, pids_of, right, workers_of
+from jobs import LONG_S, job, pids_of, right, staff_of
 from makers import free
 from ranks import in_use
 from shmcast import Caster, MaterializeError
@@ -97,9 +97,9 @@ def test_kills_at_random(group: shmcast.Group, rng: np.random.Generator) -> None
             if number % 10 == 9:
                 for _ in range(int(rng.integers(20_000))):
                     pass
-                maker = workers_of(caster)
-                with maker._lock:  # alive until that is over, so the numbers are theirs
-                    chosen = [*maker._hired.values(), *maker._idle]
+                staff = staff_of(caster)
+                with staff._lock:  # alive until that is over, so the numbers are theirs
+                    chosen = [*staff._hired.values(), *staff._idle]
                     if chosen:
                         chosen[int(rng.integers(len(chosen)))].kill()
                         kills += 1
@@ -126,7 +126,7 @@ def test_an_idle_worker_that_dies_costs_nothing(group: shmcast.Group) -> None:
     with Caster(group, job, executor="process", workers=2) as caster:
         for number in range(3):
             fds = []
-            for process in workers_of(caster)._idle:
+            for process in staff_of(caster)._idle:
                 fds.append(os.pidfd_open(process.pid))
                 process.kill()
             assert all(map(jobs.ended, fds))
@@ -146,7 +146,7 @@ def serve(parent: Link, action: str, how: str) -> None:
     if action:
         for number in range(2):
             caster.submit(number, action)
-        while len(workers_of(caster)._hired) < 2:
+        while len(staff_of(caster)._hired) < 2:
             caster.step(0.001)
     if how == "forked" and not os.fork():
         signal.pause()  # has all that the rank has, and goes on

@@ -51,6 +51,7 @@ EXEMPT_CALLERS = {  # (module, or function, step): why
     ("looks", "NAME_SIZE"): LOOKS,
     ("gc._look_inside", "NAME_OPEN"): "looks, to plan; apply looks again, with the byte",
     ("gc._described", "NAME_SIZE"): "looks, to plan; apply looks again, with the byte",
+    ("worker", "NAME_OPEN"): "a block that the owner has reserved and gives to nobody else before the worker has ended",
 }
 
 

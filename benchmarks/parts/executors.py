@@ -46,7 +46,7 @@ def _cpu_of(pid: int) -> float:
 def _pids(caster: shmcast.Caster) -> list[int]:
     intake = caster._intake
     maker = None if intake is None else intake._maker
-    return [process.pid for process in maker._idle] if isinstance(maker, Workers) else []
+    return maker.pids if isinstance(maker, Workers) else []
 
 
 def _wrong(value: Any, digests: list[int]) -> bool:
