@@ -233,7 +233,7 @@ def fails_on_one(here: Rank, channel: str, mode: str, where: int, how: str, cons
         failed = None
         caster.close()
         nothing_left(here, group, caster)
-    return sorted(nothing)
+    return sorted(nothing, key=repr)
 
 
 @pytest.mark.parametrize("how", ["raises", "exits", "no raw"])
@@ -293,7 +293,7 @@ def not_unpickled(here: Rank, mode: str, where: int) -> list[Any]:
     ):
         caster.submit("a", Unloadable(where))
         caster.submit("b", 6)
-        found = sorted(told(outcome) for outcome in free(caster))
+        found = sorted([told(outcome) for outcome in free(caster)], key=repr)
         caster.close()
         nothing_left(here, group, caster)
     return found
