@@ -256,7 +256,8 @@ class Caster:
         return outcomes
 
     def cast(self, requests: "Iterable[tuple[Hashable, Any]]", *, timeout: float | None = None) -> list[Outcome]:
-        """Materialize these, ``[(rid, raw), ...]``, and wait for their outcomes, which come in one message and in this order.
+        """Materialize these, ``[(rid, raw), ...]``, and wait for their outcomes, which come in this order, and in one message
+        but for more than 63 that every rank materializes.
 
         Others that are pending stay so. Limits do not apply, but for a request that is larger than ``max_inflight_bytes``.
         Errors as for `submit` and `step`."""
@@ -278,8 +279,8 @@ class Caster:
                     )
             del batch  # raw requests are not needed for the whole of it
             outcomes: list[Outcome] = []
-            while len(outcomes) < len(serials):  # messages that say nothing yet come before the one that says all
-                outcomes = self._exchange(lockstep.CAST, self._silence_s, serials)
+            while len(outcomes) < len(serials):  # messages that say nothing yet come before those that say all
+                outcomes += self._exchange(lockstep.CAST, self._silence_s, serials[len(outcomes) :])
             return outcomes
 
     def collect(self) -> bytes:

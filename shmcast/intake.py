@@ -440,7 +440,8 @@ class Intake:
                 self._changed.wait(min(max(left, 0.0), threading.TIMEOUT_MAX))
 
     def take(self, serials: Sequence[int] | None = None) -> list[Taken]:
-        """What goes into the next message: what is ready, in that order, or ``serials``. It is the caller's from here on."""
+        """What goes into the next message: what is ready, in that order, or ``serials``, or as much of either as one message
+        takes. It is the caller's from here on."""
         requests: list[Request] = []
         values = 0
         with self._lock:
@@ -448,9 +449,12 @@ class Intake:
             ready = self._ready.values() if serials is None else [self._ready[serial] for serial in serials]
             for request in ready:
                 values += request.end in lockstep.CAN_FAIL
-                # What is to be in this message is in it, however much that is.
-                if serials is not None or values <= MAX_VALUES or request.route.sync:
+                # What is to be in this message is in it, but for what a rank may well fail at, each of which is to fail alone.
+                whatever = not request.route.way.everywhere and (serials is not None or request.route.sync)
+                if whatever or values <= MAX_VALUES - request.route.way.everywhere:
                     requests.append(request)
+                elif serials is not None:
+                    break
             # As they are now: what only begins with this message may be cancelled before it is made.
             taken = [Taken(request.record, request.part) for request in requests]
             for request in requests:
@@ -475,7 +479,8 @@ class Intake:
         if not request.raw_bytes:  # it went raw: as much as was sent
             request.raw_bytes = request.result_bytes
             self._raw_bytes += request.raw_bytes
-        request.state, request.part = RUNNING, None
+        # Not yet: its time is counted from when a worker has it.
+        request.state, request.part, request.deadline = RUNNING, None, None
         self._unfinished += 1
         self._running[request.serial] = request
 

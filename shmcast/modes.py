@@ -11,9 +11,9 @@
 
 ``async`` (where nothing is said): in the background, and the outcome comes with the first step that finds it done.
 ``sync``: the next step has it, and waits for it, up to 10 s and a third of the group's timeout, in which the others wait
-for the entry rank; what every rank materializes is then materialized in the step, without a timeout of its own. A
-percentage is a roll-out: of all request ids that share go this way, the same ids in every process and as long as the
-percentage is not lowered; the others go the old way: ``replicate`` where every rank is given raw requests, ``object``
+for the entry rank; what every rank materializes is then materialized in the step, up to 63 of them, without a timeout of
+their own. A percentage is a roll-out: of all request ids that share go this way, the same ids in every process and as long
+as the percentage is not lowered; the others go the old way: ``replicate`` where every rank is given raw requests, ``object``
 elsewhere. 0 % is none of them, 100 % is all. Ids of one type that `lockstep.chain` knows nothing of go the same way.
 
 The entry rank alone chooses, for each request as it comes, and its message says which way that was: ranks can not diverge,

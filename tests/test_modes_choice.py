@@ -56,8 +56,6 @@ def test_every_form(way: Way, when: str, sync: bool, share: str, percent: float)
         "shm:10",
         "shm:%",
         "shm:-1%",
-    ]
-    + [
         "shm:1e1%",
         "shm:.5%",
         "shm:5.%",

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
 from makers import LONG_S, Maker
@@ -141,7 +140,6 @@ class Raises:
         self.error = error
 
     def __call__(self, raw: Any) -> Any:
-        big = np.zeros(1000)
         raise self.error
 
 
