@@ -125,7 +125,9 @@ def test_hits_are_those_of_an_exact_simulation(
     cost = sizes_in_the_cache(group, derived, range(len(sizes)))
     lru = Lru(max_bytes, max_entries)
     arena = group.arena
-    with Caster(group, derived, cache_bytes=max_bytes, cache_entries=max_entries, executor=executor) as caster:
+    with Caster(
+        group, derived, inline_bytes=0, cache_bytes=max_bytes, cache_entries=max_entries, executor=executor
+    ) as caster:
         for count in range(500):
             (number,) = rng.choices(range(len(sizes)), weights)
             before = len(derived.made)
@@ -159,7 +161,7 @@ def test_nothing_is_kept_unless_asked_for(group: shmcast.Group) -> None:
 
 
 def test_a_hit_is_the_same_block_under_another_name(group: shmcast.Group) -> None:
-    with Caster(group, Derived(lambda number: 100_000), cache_bytes="8MiB") as caster:
+    with Caster(group, Derived(lambda number: 100_000), inline_bytes=0, cache_bytes="8MiB") as caster:
         first, second = one(caster, 1)["x"], one(caster, 1)["x"]
         handles = [lease_of(array).handle for array in (first, second)]
         assert len({(handle.segment, handle.offset, handle.nbytes, handle.hash) for handle in handles}) == 1
@@ -176,7 +178,7 @@ def test_none_is_kept_and_failures_are_not(group: shmcast.Group) -> None:
         if raw == "bad":
             raise ValueError("bad")
 
-    with Caster(group, materialize, cache_bytes="1MiB") as caster:
+    with Caster(group, materialize, inline_bytes=0, cache_bytes="1MiB") as caster:
         for _ in range(3):
             good, bad = caster.cast([("a", "good"), ("b", "bad")])
             assert good.result() is None
@@ -193,7 +195,7 @@ def test_what_has_no_key_is_made_each_time(group: shmcast.Group) -> None:
         made.append(raw)
         return len(made)
 
-    with Caster(group, materialize, cache_bytes="1MiB") as caster:
+    with Caster(group, materialize, inline_bytes=0, cache_bytes="1MiB") as caster:
         assert [one(caster, raw) for raw in (object(), (iter(()),), len)] == [1, 2, 3]
         assert counted(caster)["keyless"] == 3
         assert counted(caster)["entries"] == counted(caster)["misses"] == 0
@@ -207,7 +209,7 @@ def test_keys_of_ones_own(group: shmcast.Group) -> None:
             raise LookupError("no key")
         return answers[raw]
 
-    with Caster(group, lambda raw: {"of": raw}, cache_bytes="1MiB", cache_key=key) as caster:
+    with Caster(group, lambda raw: {"of": raw}, inline_bytes=0, cache_bytes="1MiB", cache_key=key) as caster:
         assert [one(caster, raw)["of"] for raw in "abcdefg"] == ["a", "b", "c", "a", "b", "f", "g"]
         found = counted(caster)
         assert (found["hits"], found["misses"], found["keyless"]) == (2, 2, 3)
@@ -215,7 +217,7 @@ def test_keys_of_ones_own(group: shmcast.Group) -> None:
 
 def test_what_is_larger_than_the_budget_is_not_kept(group: shmcast.Group) -> None:
     derived = Derived(lambda number: number)
-    with Caster(group, derived, cache_bytes=300_000) as caster:
+    with Caster(group, derived, inline_bytes=0, cache_bytes=300_000) as caster:
         for number in (1000, 400_000, 1000, 400_000, 1001):
             derived.check(number, one(caster, number))
         assert derived.made == [1000, 400_000, 400_000, 1001]
@@ -243,7 +245,7 @@ def test_what_is_larger_than_the_budget_is_not_kept(group: shmcast.Group) -> Non
 def test_wrong_arguments(group: shmcast.Group, options: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         Caster(group, lambda raw: raw, **options)
-    with Caster(group, lambda raw: raw, cache_bytes="64MiB", cache_entries=1) as caster:
+    with Caster(group, lambda raw: raw, inline_bytes=0, cache_bytes="64MiB", cache_entries=1) as caster:
         assert one(caster, 5) == 5
 
 
@@ -263,7 +265,7 @@ def test_what_receivers_write_is_theirs_alone(group: shmcast.Group, executor: An
             "list": [raw, {"k": raw}],
         }
 
-    with Caster(group, materialize, cache_bytes="16MiB", executor=executor) as caster:
+    with Caster(group, materialize, inline_bytes=0, cache_bytes="16MiB", executor=executor) as caster:
         for _ in range(4):
             value = one(caster, 3)
             assert (value["big"] == torch.arange(50_000) + 3).all()
@@ -281,7 +283,7 @@ def test_what_receivers_write_is_theirs_alone(group: shmcast.Group, executor: An
 
 def test_what_is_written_while_it_is_held(group: shmcast.Group) -> None:
     torch = pytest.importorskip("torch")
-    with Caster(group, lambda raw: torch.full((50_000,), raw), cache_bytes="16MiB") as caster:
+    with Caster(group, lambda raw: torch.full((50_000,), raw), inline_bytes=0, cache_bytes="16MiB") as caster:
         held = [one(caster, 7) for _ in range(3)]
         for count, tensor in enumerate(held):
             tensor.fill_(count)
@@ -299,7 +301,7 @@ def test_equal_blocks_are_kept_once(group: shmcast.Group) -> None:
         return {"same": shared.copy(), "own": np.full(5000, raw, np.uint8), "shape": shared.reshape(500, 1000).copy()}
 
     arena = group.arena
-    with Caster(group, materialize, cache_bytes="8MiB") as caster:
+    with Caster(group, materialize, inline_bytes=0, cache_bytes="8MiB") as caster:
         for number in (1, 2, 3, 1, 2, 3):
             value = one(caster, number)
             assert (value["same"] == shared).all()
@@ -334,7 +336,7 @@ def test_equal_hashes_are_not_believed(group: shmcast.Group, monkeypatch: pytest
 
     monkeypatch.setattr(cache, "Block", Colliding)
     derived = Derived(lambda number: 50_000)
-    with Caster(group, derived, cache_bytes="8MiB") as caster:
+    with Caster(group, derived, inline_bytes=0, cache_bytes="8MiB") as caster:
         for _ in range(2):
             for number in range(10):
                 derived.check(number, one(caster, number))
@@ -351,7 +353,7 @@ def in_place(raw: int, out: Any) -> Any:
 @pytest.mark.parametrize("hashed", [True, False])
 def test_what_was_made_in_place(group: shmcast.Group, hashed: bool) -> None:
     arena = group.arena
-    with Caster(group, in_place, cache_bytes="8MiB", hash=hashed) as caster:
+    with Caster(group, in_place, inline_bytes=0, cache_bytes="8MiB", hash=hashed) as caster:
         held = []
         for number in (1, 2, 1, 2):
             value = one(caster, number)
@@ -373,7 +375,7 @@ def test_views_of_what_is_kept_are_not_kept_twice(group: shmcast.Group) -> None:
         return values[raw - 1] if raw - 1 in values else np.full(100_000, 5, np.uint8)
 
     arena = group.arena
-    with Caster(group, materialize, cache_bytes="1MiB") as caster:
+    with Caster(group, materialize, inline_bytes=0, cache_bytes="1MiB") as caster:
         for raw in (1, 2, 3, 3):
             values[raw] = one(caster, raw)
             assert (values[raw] == 5).all()
@@ -386,7 +388,9 @@ def test_views_of_what_is_kept_are_not_kept_twice(group: shmcast.Group) -> None:
 def test_what_lies_in_other_arenas_is_not_kept(group: shmcast.Group) -> None:
     with Arena.create("16MiB") as other:
         handle = other.publish(np.arange(10_000), keep=True)
-        with Caster(group, lambda raw: shmcast.attach(handle).array, cache_bytes="1MiB", executor="inline") as caster:
+        with Caster(
+            group, lambda raw: shmcast.attach(handle).array, inline_bytes=0, cache_bytes="1MiB", executor="inline"
+        ) as caster:
             for _ in range(2):
                 assert (one(caster, 1) == np.arange(10_000)).all()
             assert counted(caster)["misses"] == 2
@@ -403,7 +407,7 @@ def test_what_is_kept_makes_room_for_what_is_live(seed: int) -> None:
     derived = Derived(lambda number: MIB - 5000)
     with shmcast.Group(max_bytes="16MiB") as group:
         arena = group.arena
-        with Caster(group, derived, cache_bytes="16MiB") as caster:
+        with Caster(group, derived, inline_bytes=0, cache_bytes="16MiB") as caster:
             for number in range(9):
                 derived.check(number, one(caster, number))
             assert counted(caster)["entries"] == 9
@@ -445,7 +449,10 @@ def test_it_makes_room_for_what_is_reserved_and_for_what_is_larger_than_a_segmen
         return array
 
     with Arena.create("64MiB", segment_bytes="16MiB") as arena:
-        with shmcast.Group(arena=arena) as group, Caster(group, materialize, cache_bytes="60MiB") as caster:
+        with (
+            shmcast.Group(arena=arena) as group,
+            Caster(group, materialize, inline_bytes=0, cache_bytes="60MiB") as caster,
+        ):
             for number in range(18):
                 assert one(caster, 3 * MIB + number)[-1] == (3 * MIB + number) % 251
             assert counted(caster)["entries"] >= 12
@@ -461,7 +468,7 @@ def test_it_makes_room_for_what_is_reserved_and_for_what_is_larger_than_a_segmen
 def test_it_makes_room_where_slots_are_short() -> None:
     derived = Derived(lambda number: 5000)
     with Arena.create("16MiB", max_blocks=20) as arena:
-        with shmcast.Group(arena=arena) as group, Caster(group, derived, cache_bytes="8MiB") as caster:
+        with shmcast.Group(arena=arena) as group, Caster(group, derived, inline_bytes=0, cache_bytes="8MiB") as caster:
             live = []
             for number in range(30):
                 derived.check(number, one(caster, number))
@@ -483,7 +490,10 @@ def test_a_hit_without_a_slot_travels_in_the_message() -> None:
         return {"x": np.arange(5000) + raw, "t": torch.arange(5000, dtype=torch.bfloat16).reshape(50, 100)}
 
     with Arena.create("16MiB", max_blocks=4) as arena:
-        with shmcast.Group(arena=arena) as group, Caster(group, materialize, cache_bytes="8MiB") as caster:
+        with (
+            shmcast.Group(arena=arena) as group,
+            Caster(group, materialize, inline_bytes=0, cache_bytes="8MiB") as caster,
+        ):
             held = one(caster, 1)
             more = [arena.publish(np.arange(10), readers=0, keep=True) for _ in range(2)]
             value = one(caster, 1)
@@ -504,7 +514,7 @@ def test_a_hit_without_a_slot_travels_in_the_message() -> None:
 def test_what_is_closed_gives_all_of_it_back() -> None:
     with Arena.create("16MiB") as arena, shmcast.Group(arena=arena) as group:
         for _ in range(2):
-            caster = Caster(group, Derived(lambda number: 10_000), cache_bytes="8MiB")
+            caster = Caster(group, Derived(lambda number: 10_000), inline_bytes=0, cache_bytes="8MiB")
             kept = kept_of(caster)
             held = one(caster, 1)
             assert in_use(arena) == 2
@@ -525,8 +535,8 @@ def test_several_casters_of_one_arena_give_up_what_they_keep() -> None:
     derived = Derived(lambda number: MIB - 5000)
     with (
         shmcast.Group(max_bytes="16MiB") as group,
-        Caster(group, derived, cache_bytes="8MiB") as first,
-        Caster(group, derived, cache_bytes="8MiB") as second,
+        Caster(group, derived, inline_bytes=0, cache_bytes="8MiB") as first,
+        Caster(group, derived, inline_bytes=0, cache_bytes="8MiB") as second,
     ):
         for number in range(5):
             derived.check(number, one(first, number))
@@ -543,7 +553,7 @@ def test_outcomes_in_one_batch(group: shmcast.Group) -> None:
     from makers import Maker
 
     maker = Maker()
-    with Caster(group, maker, cache_bytes="8MiB", workers=2) as caster:
+    with Caster(group, maker, inline_bytes=0, cache_bytes="8MiB", workers=2) as caster:
         for _ in range(2):
             assert outcomes_of(caster.cast([(name, 1000 * number) for name, number in zip("abcdef", [1, 2, 3, 1, 2, 1], strict=True)])) == {
                 name: 1000 * number % 251 for name, number in zip("abcdef", [1, 2, 3, 1, 2, 1], strict=True)

@@ -38,7 +38,7 @@ def maker() -> Iterator[Maker]:
 
 
 def cached(group: shmcast.Group, materialize: Callable[[Any], Any], **options: Any) -> Caster:
-    return Caster(group, materialize, cache_bytes="16MiB", **options)
+    return Caster(group, materialize, inline_bytes=0, cache_bytes="16MiB", **options)
 
 
 def states(caster: Caster, *wanted: int) -> bool:
@@ -92,7 +92,7 @@ def test_ten_equal_ones_in_one_cast(group: shmcast.Group, executor: Any) -> None
 
 
 def test_those_that_wait_get_what_is_not_kept(group: shmcast.Group, maker: Maker) -> None:
-    with Caster(group, maker, cache_bytes=10_000, workers=2) as caster:
+    with Caster(group, maker, inline_bytes=0, cache_bytes=10_000, workers=2) as caster:
         maker.gate("large", MIB)
         for number in range(3):
             caster.submit(number, "large")

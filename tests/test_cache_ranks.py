@@ -78,7 +78,7 @@ def one_by_one(here: Rank, channel: str, seed: int, max_bytes: int | None, max_e
     found = []
     with (
         make_group(here, channel, entry=1) as group,
-        Caster(group, repeated, cache_bytes=max_bytes, cache_entries=max_entries) as caster,
+        Caster(group, repeated, inline_bytes=0, cache_bytes=max_bytes, cache_entries=max_entries) as caster,
     ):
         costs = {}
         if group.rank == group.entry:
@@ -129,7 +129,7 @@ def many(here: Rank, channel: str, seed: int, count: int, by: str, max_bytes: st
     kept: list[shmcast.Outcome] = []
     with (
         make_group(here, channel, max_bytes="16MiB") as group,
-        Caster(group, repeated, cache_bytes=max_bytes, workers=3) as caster,
+        Caster(group, repeated, inline_bytes=0, cache_bytes=max_bytes, workers=3) as caster,
     ):
         submitted = 0
         while submitted < count or caster.pending:
@@ -180,7 +180,7 @@ def test_they_ride_in_other_broadcasts(ranks: Ranks, seed: int, by: str) -> None
 def kept_for_a_rank(here: Rank) -> None:
     """What a rank holds of what was given up stays; what all hold of what is kept is one block."""
     with make_group(here, "auto", max_bytes="16MiB") as group:
-        with Caster(group, lambda raw: np.full(MIB, raw, np.uint8), cache_bytes="4MiB") as caster:
+        with Caster(group, lambda raw: np.full(MIB, raw, np.uint8), inline_bytes=0, cache_bytes="4MiB") as caster:
             held = {}
             for raw in range(8):
                 (outcome,) = caster.cast([(raw, raw)])
@@ -210,7 +210,9 @@ def test_what_a_rank_holds_stays(ranks: Ranks) -> None:
 def twice_in_one(here: Rank) -> None:
     """Arrays that are equal in one result, and to those of another one: each promise is made as often as it is kept."""
     with make_group(here, "auto", max_bytes="16MiB") as group:
-        with Caster(group, lambda raw: [np.full(50_000, 5), np.full(50_000, 5), raw], cache_bytes="4MiB") as caster:
+        with Caster(
+            group, lambda raw: [np.full(50_000, 5), np.full(50_000, 5), raw], inline_bytes=0, cache_bytes="4MiB"
+        ) as caster:
             for number in range(30):
                 (outcome,) = caster.cast([(number, number % 3)])
                 first, second, raw = outcome.value
