@@ -39,7 +39,7 @@ def run(parts: list[str], sizes: list[int] | None, repeats: int, quick: bool) ->
         results["caster"] = casting.bench_caster(200 if quick else 1500)
         casting.report(results["caster"])
     if "executors" in parts:
-        results["executors"] = executors.bench_executors(*((4, 1) if quick else (12, 2)))
+        results["executors"] = executors.bench_executors(*((4, 1) if quick else (10, 2)))
         executors.report(results["executors"])
     return results
 
