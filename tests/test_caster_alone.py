@@ -474,6 +474,36 @@ def breaks(here: Rank, channel: str, how: str, raw_everywhere: bool, by: str, se
     return kind, found
 
 
+def misses(here: Rank, channel: str) -> list[Any]:
+    """A message without values, which one rank does not come to take in."""
+    with make_group(here, channel) as group:
+        caster = alone(group, Maker(), workers=1)
+        caster.submit("a", 3)
+        caster.submit("bad", "bad")
+        if here.rank == 0:
+            all_ready(caster, 2)
+        caster.cancel("a")
+
+        def breaks(head: bytes, parts: Any) -> Any:
+            raise broken(group)
+
+        if here.rank == 2:
+            caster._delivery.finish = breaks  # type: ignore[method-assign]
+        found = [told(outcome)[:3] for outcome in caster.step()]
+        assert caster.alone is not None
+        together(here)
+        assert caster.close() == []
+    return found
+
+
+@torch_needed
+@pytest.mark.parametrize("channel", ["auto", "group"])
+def test_an_end_that_one_rank_misses_none_has(ranks: Ranks, channel: str) -> None:
+    a, bad = all_the_same(ranks.run(misses, channel))
+    assert a[1] is False  # not cancelled: nobody else can know that it was
+    assert bad[1] == "MaterializeError"
+
+
 def garbage(head: lockstep.Head) -> bytes:
     return b"no head"
 

@@ -107,6 +107,21 @@ def test_other_ways_are_not_counted(group: shmcast.Group, mode: str) -> None:
         assert figures(group) == (1 << 20, 0)
 
 
+def test_what_goes_as_a_pickle_is_not_made_in_shared_memory(
+    group: shmcast.Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the arena may be what fails")
+
+    monkeypatch.setattr(shmcast.Arena, "reserve", full)
+    with Caster(group, in_place, executor="inline", mode="object") as caster:
+        (outcome,) = caster.cast([("a", 20_000)])
+        assert (outcome.result()["x"] == 20_000 % 251).all()
+        caster.switch("shm")
+        (outcome,) = caster.cast([("b", 20_000)])
+        assert "the arena may be what fails" in str(outcome.error)
+
+
 @pytest.mark.parametrize("wrong", [-1, "no size", "-5", "0"])
 def test_what_is_no_threshold(group: shmcast.Group, wrong: Any) -> None:
     with pytest.raises(ValueError, match="inline_bytes"):
