@@ -106,9 +106,10 @@ class Caster:
 
         ``mode``: which way requests go, see `modes`; "shm" where neither it nor ``SHMCAST_MODE`` says another. ``raw_everywhere``:
         `submit` and `cast` are given the raw requests on every rank, which "replicate" needs; and if the group breaks, each
-        rank materializes everything itself from then on, see `alone`. What every rank materializes it does in threads, and in
-        private memory. ``inline_bytes``: results with fewer bytes of arrays travel in the message; "measure": from where on
-        shared memory is cheaper here, which the entry rank finds out in some 10 ms.
+        rank materializes everything itself from then on, see `alone`. What every rank materializes lies in private memory, and
+        is made in threads, or in the step itself where that is to have it ("-sync"). ``inline_bytes``: results with fewer bytes
+        of arrays travel in the message; "measure": from where on shared memory is cheaper here, which the entry rank finds out
+        in some 10 ms.
 
         ValueError, TypeError for arguments that are wrong; RuntimeError where worker processes do not come up."""
         workers = executors.checked(executor, materialize, workers)

@@ -159,7 +159,7 @@ def nothing_left(here: Rank, group: shmcast.Group, caster: Caster) -> None:
 @pytest.mark.parametrize("by", ["", "the group", "torch"], ids=["step", "apply", "apply-torch"])
 @pytest.mark.watchdog(300)
 def test_modes_are_switched_all_the_time(ranks: Ranks, channel: str, by: str, seed: int) -> None:
-    count = 700
+    count = 400
     _, counts = all_the_same(ranks.run(switched, channel, seed % 1000, count, by))
     assert sum(counts.values()) == count
     assert counts["failed"] > count // 100
