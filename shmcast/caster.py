@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from . import _native, alone, executors, inline, lockstep, modes
 from .alone import Alone
-from .content import Hash
+from .content import Hash, hash_name
 from .delivery import Delivery
 from .desk import CacheKey, make_desk
 from .errors import GroupError, HandleError
@@ -111,8 +111,11 @@ class Caster:
         of arrays travel in the message; "measure": from where on shared memory is cheaper here, which the entry rank finds out
         in some 10 ms.
 
-        ValueError, TypeError for arguments that are wrong; RuntimeError where worker processes do not come up."""
+        ValueError, TypeError for arguments that are wrong, on all ranks alike. On the entry rank alone, which then has none:
+        ValueError for a cache that is larger than the arena, RuntimeError where worker processes do not come up."""
         workers = executors.checked(executor, materialize, workers)
+        hash_name(hash)
+        inline_below = inline.told(inline_bytes)
         self._group = group
         self._timeout = None if timeout is None else seconds("timeout", timeout)
         self._silence_s = min(_LONGEST_SILENCE_S, group.timeout / 3)
@@ -135,8 +138,13 @@ class Caster:
         self._intake: Intake | None = None
         threads = 0 if executor == "inline" else workers
         if group.rank == group.entry:
-            sender = Sender(group, self._tally, inline.threshold(group, inline_bytes, self._tally))
-            maker = executors.make_maker(executor, group, sender, materialize, workers, tally=self._tally, hash=hash)
+            sender = Sender(group, self._tally, inline.threshold(group, inline_below, self._tally))
+            try:
+                maker = executors.make_maker(executor, group, sender, materialize, workers, tally=self._tally, hash=hash)
+            except BaseException:
+                if desk is not None:
+                    desk.close()  # or the arena would ask it for room as long as it lives
+                raise
             max_bytes = self._limits.max_bytes
             self._intake = Intake(maker, workers=threads, max_bytes=max_bytes, tally=self._tally, desk=desk)
         self._replicas = Replicas(materialize, workers=threads, tally=self._tally, watch=self._intake)

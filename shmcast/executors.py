@@ -24,6 +24,8 @@ def checked(executor: Executor, materialize: Callable[..., Any], workers: int | 
     if executor == "process":
         pickled(materialize)
     count = default_workers() if workers is None else workers
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"workers: a number of threads or processes, or None, not {count!r}")
     if count < 1:
         raise ValueError(f"workers={count}: at least 1 is needed")
     return count

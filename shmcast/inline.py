@@ -26,12 +26,18 @@ _ARENA_BYTES = 1 << 20
 _log = logging.getLogger("shmcast")
 
 
-def threshold(group: Group, inline_bytes: int | str, tally: Tally) -> int:
-    """In bytes, as a caster was told, or measured; also in the metrics. ValueError, TypeError where it is none."""
+def told(inline_bytes: int | str) -> int | None:
+    """In bytes, as a caster was told; None: to be measured. ValueError, TypeError where it is none, on all ranks alike."""
     if inline_bytes == "measure":
+        return None
+    return 0 if inline_bytes == 0 else parse_bytes(inline_bytes, "inline_bytes")
+
+
+def threshold(group: Group, wanted: int | None, tally: Tally) -> int:
+    """In bytes, as `told`, or measured; also in the metrics."""
+    found = wanted
+    if found is None:
         found = 0 if group.arena is None else measured_bytes(group.arena.namespace, group.size)
-    else:
-        found = 0 if inline_bytes == 0 else parse_bytes(inline_bytes, "inline_bytes")
     tally.gauge("inline_bytes", found)
     return found
 

@@ -1,0 +1,186 @@
+"""All parts of a caster together: the cache, worker processes and modes, whatever is cancelled, switched or crashes meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs
+import mixing
+import shmcast
+from makers import LONG_S
+from ranks import Rank, Ranks, in_use, settle, together
+from shmcast import Caster, metrics
+from test_caster_ranks import all_the_same, make_group, ride_along
+
+WAYS = ["shm", "object", "raw", "replicate"]
+MODES = [f"{way}{when}" for way in WAYS for when in ("-sync", "")]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks(3) as started:
+        yield started
+
+
+def told(outcome: shmcast.Outcome) -> Any:
+    """What is the same of an outcome on all ranks; not which of equal ones was tried."""
+    error = outcome.error
+    return outcome.rid, outcome.cancelled, "" if error is None else f"{type(error).__name__} {error}"
+
+
+@contextlib.contextmanager
+def switching(caster: Caster, seed: int) -> Iterator[None]:
+    """From another thread: every mode, and mostly the one that a cache counts for."""
+    stop = threading.Event()
+
+    def switch() -> None:
+        dice = random.Random(seed)
+        while not stop.wait(0.005):
+            caster.switch(dice.choice(["shm", "shm-sync", *MODES]) + dice.choice(["", "", "", ":50%"]))
+            caster.switch("shm" if dice.random() < 0.5 else caster.mode)
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def everything(here: Rank, channel: str, executor: Any, seed: int, count: int, by: str) -> tuple[str, dict[str, int]]:
+    dice = random.Random(seed)  # the same on all ranks
+    own = random.Random(seed + here.rank)
+    keys = [int(60 * dice.random() ** 2) for _ in range(count)]
+    counts = {"ok": 0, "failed": 0, "cancelled": 0}
+    digest = hashlib.sha256()
+    kept: list[shmcast.Outcome] = []
+    used: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"max_inflight_bytes": "4MiB", "max_pending": 200, "workers": 2, "on_full": "block"}
+    with make_group(here, channel, max_bytes="16MiB", entry=1) as group:
+        caster = Caster(
+            group, mixing.by_key, executor=executor, raw_everywhere=True, inline_bytes=20_000, cache_bytes="1MiB",
+            cache_entries=20, block_timeout=0.01, **options,
+        )  # fmt: skip
+        with caster, switching(caster, seed):
+            submitted = 0
+
+            def take(arrived: list[shmcast.Outcome]) -> None:
+                nonlocal kept
+                for outcome in arrived:
+                    if isinstance(outcome.error, shmcast.BackpressureError):
+                        counts["shed"] = counts.get("shed", 0) + 1
+                    else:
+                        counts[mixing.check(keys[outcome.rid], outcome)] += 1
+                    digest.update(repr(told(outcome)).encode())
+                kept = [each for each in kept + arrived if own.random() < 0.5]
+
+            while submitted < count or caster.pending:
+                for _ in range(min(dice.randrange(30), count - submitted)):
+                    caster.submit(submitted, {"key": keys[submitted]}, timeout=dice.choice([None, LONG_S]))
+                    if own.random() < 0.1:
+                        caster.cancel(submitted)
+                    submitted += 1
+                if own.random() < 0.3:
+                    caster.cancel(lambda rid: own.random() < 0.1)
+                if dice.random() < 0.1:
+                    batch = range(submitted, min(submitted + 5, count))
+                    submitted += len(batch)
+                    take(caster.cast([(number, {"key": keys[number]}) for number in batch]))
+                elif by:
+                    take(ride_along(here, group, caster, lambda *_: None, by))
+                else:
+                    take(caster.step(0.01))
+                if len(used) < submitted // (count // 4):
+                    used.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+        assert sum(counts.values()) == count
+        kept.clear()
+        if caster._intake is not None:
+            assert caster._intake.inflight_bytes == caster._intake.unfinished == 0
+            assert caster._intake._desk._flights == {}
+            found = metrics.snapshot(group)["counters"]
+            assert found["requests"] == count
+            assert found["outcomes_ok"] == counts["ok"]
+            assert found["outcomes_cancelled"] == counts["cancelled"]
+            assert found["outcomes_failed"] == counts["failed"] + counts.get("shed", 0)
+            assert sum(found[f"mode_{way}"] for way in WAYS) == count
+            asked = sum(found[f"cache_{what}"] for what in ("hits", "misses", "joined", "keyless"))
+            assert 0 < asked <= found["mode_shm"]
+            assert found["cache_hits"] > 0, found
+            print(counts, found)
+        for pool in (caster._replicas._pool, *(() if caster._intake is None else (caster._intake._pool, caster._intake._clerk))):
+            assert pool is None or pool.join(LONG_S)
+        settle(here, group)
+        if group.arena is not None:
+            assert in_use(group.arena) == 0
+        assert used[-1][0] <= used[0][0] + 8, used
+        assert used[-1][1] <= used[0][1] + 8, used
+        together(here)
+    return digest.hexdigest(), counts
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("executor", ["thread", "process", "inline"])
+@pytest.mark.parametrize("channel", ["auto", "object"])
+@pytest.mark.parametrize("by", ["", "the group"], ids=["step", "apply"])
+@pytest.mark.watchdog(300)
+def test_everything_at_once(ranks: Ranks, channel: str, executor: str, by: str, seed: int) -> None:
+    count = 600
+    _, counts = all_the_same(ranks.run(everything, channel, executor, seed % 1000, count, by))
+    assert min(counts[end] for end in ("ok", "failed", "cancelled")) > 0, counts
+
+
+# ---- arguments
+
+
+def wrong(here: Rank, options: dict[str, Any]) -> str:
+    """Whether all ranks go on together afterwards, and with what they have told of the arguments."""
+    with make_group(here, "auto") as group:
+        try:
+            Caster(group, mixing.by_key, **options)
+        except (ValueError, TypeError) as error:
+            said = f"{type(error).__name__}: {error}"
+        else:
+            said = "nothing"
+        with Caster(group, mixing.by_key, inline_bytes=0) as caster:
+            assert mixing.check(1, caster.cast([(1, {"key": 1})])[0]) == "ok"
+        return said
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"inline_bytes": "some"}, "ValueError: inline_bytes: 'some' is not a size"),
+        ({"inline_bytes": 1.5}, "TypeError: inline_bytes: a number of bytes"),
+        ({"hash": "md5"}, "ValueError: hash is True, False"),
+        ({"workers": 1.5}, "TypeError: workers: a number of threads or processes, or None, not 1.5"),
+        ({"workers": True, "executor": "process"}, "TypeError: workers"),
+        ({"workers": "2"}, "TypeError: workers"),
+        ({"mode": "shm:101%"}, "ValueError: mode 'shm:101%'"),
+        ({"cache_entries": 0}, "ValueError: cache_entries=0"),
+    ],
+)
+def test_what_is_wrong_is_wrong_on_all_ranks(ranks: Ranks, options: dict[str, Any], text: str) -> None:
+    """On one alone the others would wait for it in their first step."""
+    assert all_the_same(ranks.run(wrong, options)).startswith(text)
+
+
+def test_a_caster_that_could_not_be_made_leaves_nothing(namespace: str, tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    path.touch()
+    with shmcast.Group(max_bytes="16MiB") as group:
+        assert group.arena is not None
+        with pytest.raises(RuntimeError, match="FileExistsError"):
+            Caster(group, jobs.Fragile(str(path)), executor="process", workers=1, cache_bytes="1MiB")
+        assert group.arena._givers == ()  # whom it asks for room
