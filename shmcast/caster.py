@@ -140,7 +140,9 @@ class Caster:
         if group.rank == group.entry:
             sender = Sender(group, self._tally, inline.threshold(group, inline_below, self._tally))
             try:
-                maker = executors.make_maker(executor, group, sender, materialize, workers, tally=self._tally, hash=hash)
+                maker = executors.make_maker(
+                    executor, group, sender, materialize, workers, tally=self._tally, hash=hash
+                )
             except BaseException:
                 if desk is not None:
                     desk.close()  # or the arena would ask it for room as long as it lives

@@ -35,7 +35,7 @@ from .content import Hash
 from .errors import GroupError, HandleError, PeerLostError
 from .handle import Handle
 from .in_place import InPlace
-from .parts import ALL_BITS, LAST_BIT, Finish, Received, TakeIn, rebuild
+from .parts import ALL_BITS, LAST_BIT, Finish, Parts, Received, TakeIn, rebuild
 from .roster import Roster, ranks_text
 
 MIN_BYTES = 1024
@@ -457,12 +457,7 @@ class Group:
                 f"step {self.step}: rank {self.entry} could not encode the tree: {_error_text(received.error)}"
             )
         self._rides += received.rides
-        began_ns = time.monotonic_ns()
-        parts = rebuild(received.parts, pickle.loads if self.mode == "object" else codec.loads, own, take_in)
-        if received.parts:
-            took_ns = time.monotonic_ns() - began_ns
-            self._counts["attach_ns"] += took_ns
-            self.meter.observe(_ATTACH_NS, took_ns)
+        parts = self._rebuild(received.parts, own, take_in)
         if finish is not None:
             parts = finish(received.head, parts)
         values, interrupt, failures = [Received(value, None) for value in parts.values], parts.interrupt, parts.failures
@@ -491,6 +486,15 @@ class Group:
                     who = ranks_text(ranks, len(values) == 1 and take_in is None)  # no more is agreed on
                     values[number] = Received(None, self._failure(number, who, causes.get(number)))
         return received.head, values
+
+    def _rebuild(self, raw: Sequence[memoryview], own: list[Any] | None, take_in: TakeIn | None) -> Parts:
+        began_ns = time.monotonic_ns()
+        parts = rebuild(raw, pickle.loads if self.mode == "object" else codec.loads, own, take_in)
+        if raw:
+            took_ns = time.monotonic_ns() - began_ns
+            self._counts["attach_ns"] += took_ns
+            self.meter.observe(_ATTACH_NS, took_ns)
+        return parts
 
     def _take_in(self, failures: int) -> None:
         self._roster.step += 1
