@@ -48,6 +48,13 @@ def pids_of(caster: shmcast.Caster) -> list[int]:
     return sorted(workers_of(caster).pids)
 
 
+def all_there(caster: shmcast.Caster, count: int) -> bool:
+    """Wait until so many workers are ready and have nothing to do: who is lost is replaced in the background."""
+    staff = staff_of(caster)
+    with staff._lock:
+        return staff._changed.wait_for(lambda: len(staff._idle) == count, LONG_S)
+
+
 def ended(pidfd: int) -> bool:
     """Wait for the end of a process."""
     import select

@@ -118,7 +118,10 @@ def everything(here: Rank, channel: str, executor: Any, seed: int, count: int, b
             assert 0 < asked <= found["mode_shm"]
             assert found["cache_hits"] > 0, found
             print(counts, found)
-        for pool in (caster._replicas._pool, *(() if caster._intake is None else (caster._intake._pool, caster._intake._clerk))):
+        for pool in (
+            caster._replicas._pool,
+            *(() if caster._intake is None else (caster._intake._pool, caster._intake._clerk)),
+        ):
             assert pool is None or pool.join(LONG_S)
         settle(here, group)
         if group.arena is not None:
