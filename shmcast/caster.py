@@ -125,6 +125,7 @@ class Caster:
         self._limits = Limits(max_pending, max_inflight_bytes, on_full, block_timeout, self._tally)
         self._token = _native.process_token()
         self._busy = threading.Lock()  # one collective call at a time
+        self._stepper = 0  # the thread that made the last of these
         self._lock = threading.Lock()  # the books below; never held while something is waited for
         self._ledger = Ledger(group.rank == group.entry)
         self._collected = self._closed = False
@@ -189,7 +190,8 @@ class Caster:
         - "shed": taken, and its outcome is a BackpressureError.
         - "block": the entry rank waits, up to ``block_timeout`` seconds between two steps (at most 10 s, and a third of the
           group's timeout, in which the others wait for it), for materializations to end (in
-          ``max_pending`` only what is not materialized counts here); if that does not help, "shed".
+          ``max_pending`` only what is not materialized counts here); if that does not help, "shed". In the thread that
+          steps only as long as some are under way: what is made or sent in a step it would wait for in vain.
 
         ValueError where a request with this id is pending, TypeError where the id can not be hashed: on all ranks alike, and
         nothing has happened then. GroupError once closed."""
@@ -201,7 +203,7 @@ class Caster:
         intake = self._intake if self._alone_now.cause is None else None
         raw_bytes = 0 if intake is None else size_of(raw)
         if intake is not None and raw is not None:
-            self._limits.wait(intake, raw_bytes)
+            self._limits.wait(intake, raw_bytes, steps=self._stepper == threading.get_ident())
         with self._lock:
             self._check_new(rid)
             if intake is None or self._alone_now.cause is not None:
@@ -444,6 +446,7 @@ class Caster:
                 raise GroupError(f"{action}: the caster is closed")
             if self._collected and not applies:
                 raise GroupError(f"{action}: what collect() gave has not been applied yet")
+            self._stepper = threading.get_ident()
             yield
         finally:
             self._busy.release()

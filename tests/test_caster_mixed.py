@@ -17,7 +17,7 @@ import pytest
 import jobs
 import mixing
 import shmcast
-from makers import LONG_S
+from makers import LONG_S, Maker, all_ready, free, outcomes_of
 from ranks import Rank, Ranks, in_use, settle, together
 from shmcast import Caster, metrics
 from test_caster_ranks import all_the_same, make_group, ride_along
@@ -184,3 +184,42 @@ def test_a_caster_that_could_not_be_made_leaves_nothing(namespace: str, tmp_path
         with pytest.raises(RuntimeError, match="FileExistsError"):
             Caster(group, jobs.Fragile(str(path)), executor="process", workers=1, cache_bytes="1MiB")
         assert group.arena._givers == ()  # whom it asks for room
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("way", ["inline", "replicate", "results"])
+def test_block_does_not_wait_for_what_only_a_message_changes(namespace: str, way: str) -> None:
+    """All ranks would wait with it, and in vain."""
+    options: dict[str, Any] = {
+        "inline": {"executor": "inline", "max_pending": 1},
+        "replicate": {"mode": "replicate", "raw_everywhere": True, "max_inflight_bytes": 1000},
+        "results": {"max_inflight_bytes": 1000, "workers": 1},
+    }[way]
+    raw = b"x" * 900 if way == "replicate" else 900
+    with (
+        shmcast.Group(max_bytes="16MiB") as group,
+        Caster(group, Maker(), on_full="block", block_timeout=LONG_S, inline_bytes=0, **options) as caster,
+    ):
+        assert caster.step() == []  # this is the thread that steps
+        caster.submit("a", 2000 if way == "results" else raw)
+        if way == "results":
+            all_ready(caster)
+        caster.submit("b", b"x" * 900 if way == "results" else raw)
+        assert metrics.snapshot(group)["counters"]["backpressure_waits"] == 0
+        caster.cancel(lambda rid: True)
+        assert {outcome.rid: outcome.cancelled for outcome in free(caster)} == {"a": True, "b": True}
+
+
+def test_block_waits_for_the_step_of_another_thread(namespace: str) -> None:
+    options: dict[str, Any] = {"on_full": "block", "block_timeout": LONG_S, "executor": "inline"}
+    with shmcast.Group(max_bytes="16MiB") as group, Caster(group, Maker(), max_pending=1, **options) as caster:
+        assert caster.step() == []
+        caster.submit("a", 5)
+        thread = threading.Thread(target=caster.submit, args=("b", 6))
+        thread.start()
+        found = free(caster)
+        thread.join(LONG_S)
+        found += free(caster)
+        assert outcomes_of(found) == {"a": 5, "b": 6}
