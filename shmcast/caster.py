@@ -99,8 +99,8 @@ class Caster:
 
         ``cache_bytes``, ``cache_entries``: answer requests by what equal ones have given, of which that much at most is kept
         in the arena (what counts: see `cache`), the least recently used given up first, and all of it before there is no
-        room for others. Of equal ones that come while one is materialized the others wait for it. None for both: nothing is
-        kept. ``cache_key``: what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`,
+        room for others. Of equal ones that come while one is materialized the others wait for it. Only what goes as "shm" is
+        kept and answered so. None for both: nothing is kept. ``cache_key``: what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`,
         in a thread that all requests pass. What ``materialize`` makes must depend on the raw request alone then, which
         nobody changes.
 

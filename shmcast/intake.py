@@ -226,7 +226,8 @@ class Intake:
         began_ns = time.monotonic_ns()
         made = self._maker.make(request, raw)
         del raw
-        self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
+        if request.route.way is not Way.RAW:  # which every rank materializes, and counts, itself
+            self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
         end, part, failure, interrupt = made
         kept = None
         try:

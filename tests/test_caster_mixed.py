@@ -223,3 +223,22 @@ def test_block_waits_for_the_step_of_another_thread(namespace: str) -> None:
         thread.join(LONG_S)
         found += free(caster)
         assert outcomes_of(found) == {"a": 5, "b": 6}
+
+
+# ---- metrics
+
+
+def test_a_request_that_goes_raw_is_no_materialization_of_the_entry_rank(namespace: str) -> None:
+    with (
+        shmcast.Group(max_bytes="16MiB") as group,
+        Caster(group, Maker(), raw_everywhere=True, cache_bytes="1MiB", inline_bytes=0) as caster,
+    ):
+        for number, way in enumerate(WAYS):
+            caster.switch(way)
+            assert caster.cast([(number, 5000)])[0].ok
+        caster.switch("shm")
+        assert caster.cast([("again", 5000)])[0].ok
+        seen = metrics.snapshot(group)
+        assert seen["counters"]["cache_hits"] == 1
+        assert seen["histograms"]["materialize_ns"]["count"] == 2  # as "shm", as "object"
+        assert seen["histograms"]["replicas_ns"]["count"] == 2
