@@ -338,17 +338,18 @@ class Caster:
                 return self._outcomes_alone(
                     self._group.give_up(GroupError("the entry rank goes on without the others"))
                 )
-            try:
-                _, received = self._group.unpack(blob, self._delivery.finish)
-            except HandleError:
-                raise
-            except BaseException as error:
-                self._collected = False  # no other blob will do either: the group is broken
-                if isinstance(error, GroupError):
-                    return self._outcomes_alone(error)
-                raise
-            self._collected = False
-            return self._deliver(lockstep.STEP, received, exact=False)
+            with self._alone_now.unless_whole():
+                try:
+                    _, received = self._group.unpack(blob, self._delivery.finish)
+                except HandleError:
+                    raise
+                except BaseException as error:
+                    self._collected = False  # no other blob will do either: the group is broken
+                    if isinstance(error, GroupError):
+                        return self._outcomes_alone(error)
+                    raise
+                self._collected = False
+                return self._deliver(lockstep.STEP, received, exact=False)
 
     def close(self, wait: bool = True, cancel_pending: bool = False) -> list[Outcome]:
         """End it, on all ranks in the same step. Returns the outcomes of what was pending. Idempotent.
@@ -378,6 +379,8 @@ class Caster:
                     outcomes += arrived
                     if arrived:
                         patience = time.monotonic() + _HUNG_S
+                    elif self._intake is not None and self._intake.empty and self._alone_now.cause is None:
+                        raise self._group.give_up(GroupError("close: an interrupt has kept requests from being taken on"))
                     elif self._intake is not None and time.monotonic() >= patience and self._intake.may_hang():
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))
@@ -460,10 +463,14 @@ class Caster:
             if self._intake is not None:
                 complete = self._wait_ready(self._intake, timeout, serials)
                 blob = self._pack(self._intake, call, serials if serials is None or complete else ())
-            _, received = self._group.exchange(blob, self._delivery.finish)
         except GroupError as error:
             return self._outcomes_alone(error, serials)
-        return self._deliver(call, received, exact=True, serials=serials)
+        with self._alone_now.unless_whole():
+            try:
+                _, received = self._group.exchange(blob, self._delivery.finish)
+            except GroupError as error:
+                return self._outcomes_alone(error, serials)
+            return self._deliver(call, received, exact=True, serials=serials)
 
     def _wait_ready(self, intake: Intake, timeout: float, serials: Sequence[int] | None) -> bool:
         """Wait for ``serials``, or for what was submitted to be done in this step, or for anything. False in vain."""

@@ -185,6 +185,11 @@ class Intake:
         return self._max_bytes is None or not self.inflight_bytes or self.inflight_bytes + raw_bytes <= self._max_bytes
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is here that `take` would ever give."""
+        return not self._requests
+
+    @property
     def goes_on(self) -> bool:
         """Whether something is to end by itself: otherwise it takes a message, or `work`, to make room."""
         if self._pool is None or not self._unfinished:

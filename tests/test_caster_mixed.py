@@ -19,7 +19,7 @@ import mixing
 import shmcast
 from makers import LONG_S, Maker, all_ready, free, outcomes_of
 from ranks import Rank, Ranks, in_use, settle, together
-from shmcast import Caster, metrics
+from shmcast import Caster, GroupError, metrics
 from test_caster_ranks import all_the_same, make_group, ride_along
 
 WAYS = ["shm", "object", "raw", "replicate"]
@@ -242,3 +242,146 @@ def test_a_request_that_goes_raw_is_no_materialization_of_the_entry_rank(namespa
         assert seen["counters"]["cache_hits"] == 1
         assert seen["histograms"]["materialize_ns"]["count"] == 2  # as "shm", as "object"
         assert seen["histograms"]["replicas_ns"]["count"] == 2
+
+
+# ---- the end, and one after the other
+
+
+def ended(here: Rank, executor: Any, consensus: bool, seed: int) -> tuple[str, list[int]]:
+    dice = random.Random(seed)
+    digest = hashlib.sha256()
+    counts = [0, 0, 0]
+    with make_group(here, "auto", max_bytes="16MiB", entry=2, consensus=consensus) as group:
+        for turn in range(8):
+            caster = Caster(
+                group, mixing.by_key, executor=executor, workers=2, raw_everywhere=True, cache_bytes="1MiB", inline_bytes=5000
+            )
+            futures = shmcast.FutureCaster(caster)
+            keys = [dice.randrange(12) for _ in range(60)]
+            made = {}
+            with switching(caster, seed + turn):
+                for number, key in enumerate(keys):
+                    if executor == "process" and key % 13 == 7:
+                        key = keys[number] = 8  # worker processes take their time to come up
+                    made[number] = futures.submit(number, {"key": key})
+                    if dice.random() < 0.2:
+                        futures.cancel(number)
+                    if dice.random() < 0.1:
+                        futures.step(0.001)
+                if turn % 2:
+                    futures.step(0.1)
+                ends = [(True, False), (False, False), (True, True)][turn % 3]
+                outcomes = futures.close(*ends)
+            assert caster.pending == ()
+            outcome = future = None
+            for outcome in outcomes:
+                if outcome.error is not None and "closed" in str(outcome.error):
+                    assert not ends[0]
+                else:
+                    mixing.check(keys[outcome.rid], outcome)
+            for number, future in made.items():
+                assert future.done(), number
+                kind = 2 if future.cancelled() else 1 if future.exception() is not None else 0
+                counts[kind] += 1
+                digest.update(f"{number} {kind}".encode())
+            del outcomes, outcome, made, future
+            if caster._intake is not None:
+                gauges = metrics.snapshot(group)["gauges"]
+                assert gauges["pending"] == gauges["inflight_bytes"] == gauges["cache_bytes"] == gauges["cache_entries"] == 0
+                for pool in (caster._intake._pool, caster._intake._clerk):
+                    assert pool is None or pool.join(LONG_S)
+            assert caster._replicas._pool is None or caster._replicas._pool.join(LONG_S)
+        settle(here, group)
+        if group.arena is not None:
+            assert in_use(group.arena) == 0
+            assert group.arena._givers == ()
+        assert not any(thread.name.startswith("shmcast") for thread in threading.enumerate())
+        together(here)
+    return digest.hexdigest(), counts
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("executor", ["thread", "process", "inline"])
+@pytest.mark.parametrize("consensus", [True, False])
+@pytest.mark.watchdog(300)
+def test_one_caster_after_the_other(ranks: Ranks, executor: str, consensus: bool, seed: int) -> None:
+    _, counts = all_the_same(ranks.run(ended, executor, consensus, seed % 1000))
+    assert sum(counts) == 8 * 60
+    assert min(counts[0], counts[2]) > 0
+
+
+# ---- interrupts
+
+
+def interrupted(here: Rank, mode: str, where: int, raw_everywhere: bool, executor: Any) -> tuple[list[Any], str]:
+    """One rank is interrupted while it takes in a message, and goes on all the same."""
+
+    def materialize(raw: int) -> int:
+        if raw == 1 and here.rank == where and not seen:
+            seen.append(raw)
+            raise KeyboardInterrupt
+        return raw
+
+    seen: list[int] = []
+    found: list[shmcast.Outcome] = []
+    said = ""
+    with make_group(here, "auto", timeout=LONG_S) as group:
+        caster = Caster(group, materialize, mode=mode, raw_everywhere=raw_everywhere, executor=executor, cache_bytes="1MiB")
+        for number in range(4):
+            caster.submit(number, number)
+        try:
+            found += free(caster)
+        except KeyboardInterrupt:
+            assert here.rank == where
+            together(here)
+            try:
+                found += free(caster)
+            except GroupError as error:
+                said = str(error)
+        except GroupError as error:
+            said = str(error)
+            together(here)
+        else:
+            together(here)
+        caster.submit(4, 4)
+        try:
+            found += free(caster)
+        except GroupError as error:
+            said = str(error)
+        found += caster.close()
+        assert sorted(outcome.rid for outcome in found) == list(range(5))
+        assert bool(caster.alone) is raw_everywhere
+        together(here)
+    return [(outcome.rid, outcome.value) for outcome in found if here.rank == where], said
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("where", [0, 2])
+@pytest.mark.parametrize("raw_everywhere", [True, False])
+@pytest.mark.parametrize(("mode", "executor"), [("raw-sync", "thread"), ("raw-sync", "inline"), ("raw", "inline")])
+def test_who_is_interrupted_in_a_message_does_not_go_on_with_the_others(
+    ranks: Ranks, mode: str, executor: str, raw_everywhere: bool, where: int
+) -> None:
+    """It has no outcomes where they have some: all of them say so, or it makes its own."""
+    answers = ranks.run(interrupted, mode, where, raw_everywhere, executor)
+    if raw_everywhere:
+        assert sorted(answers[where][0]) == [(number, number) for number in range(5)]
+    else:
+        assert "interrupted by KeyboardInterrupt" in answers[where][1]
+        assert all("gave it up" in said for rank, (_, said) in enumerate(answers) if rank != where), answers
+
+
+def test_close_ends_though_an_interrupt_has_kept_a_request_out(namespace: str) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with shmcast.Group(max_bytes="16MiB") as group:
+        caster = Caster(group, Maker())
+        assert caster._intake is not None
+        caster._intake.admit, admit = interrupt, caster._intake.admit  # type: ignore[method-assign, assignment]
+        with pytest.raises(KeyboardInterrupt):
+            caster.submit("a", 5)
+        caster._intake.admit = admit  # type: ignore[method-assign]
+        caster.submit("b", 5)
+        ends = {outcome.rid: outcome.ok for outcome in caster.close()}
+        assert ends == {"a": False, "b": True}
