@@ -7,6 +7,7 @@ import gc
 import hashlib
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,96 @@ def test_everything_at_once(ranks: Ranks, channel: str, executor: str, by: str, 
     count = 600
     _, counts = all_the_same(ranks.run(everything, channel, executor, seed % 1000, count, by))
     assert min(counts[end] for end in ("ok", "failed", "cancelled")) > 0, counts
+
+
+# ---- equal ones, of which one ends its worker, or does not end
+
+
+@pytest.mark.parametrize("how", ["crash", "hang"])
+def test_who_waits_goes_on_when_a_worker_is_lost(namespace: str, tmp_path: Path, how: str) -> None:
+    """And is answered by what the next one has made."""
+    raw = {"key": 5, "path": str(tmp_path / "there"), "how": how}
+    with (
+        shmcast.Group(max_bytes="16MiB") as group,
+        Caster(group, mixing.lost_once, executor="process", workers=1, cache_bytes="1MiB", inline_bytes=0) as caster,
+    ):
+        for number in range(6):
+            caster.submit(number, dict(raw), timeout=LONG_S if number == 0 else None)
+        caster.cancel(5)
+        found: dict[Any, shmcast.Outcome] = {}
+        while not os.path.exists(raw["path"]):
+            found |= {outcome.rid: outcome for outcome in caster.step(0.01)}
+        if how == "hang":
+            assert caster._intake is not None
+            caster._intake._running[0].deadline = 0.0  # its time is over, says the test
+        caster.switch("raw")  # which changes nothing for those
+        found |= {outcome.rid: outcome for outcome in free(caster)}
+        caster.switch("shm")
+        found |= {outcome.rid: outcome for outcome in caster.cast([("again", raw)])}
+        assert found[5].cancelled
+        error = found[0].error
+        assert isinstance(error, shmcast.MaterializeError)
+        assert error.kind == ("TimeoutError" if how == "hang" else "WorkerLostError")
+        for rid in (1, 2, 3, 4, "again"):
+            assert mixing.check(5, found[rid]) == "ok"
+        counters = metrics.snapshot(group)["counters"]
+        assert (counters["workers_started"], counters["workers_lost"], counters["cache_misses"]) == (2, 1, 1)
+        assert counters["cache_hits"] == 1
+        found.clear()
+        caster.close()
+        assert group.arena is not None
+        assert in_use(group.arena) == 0
+
+
+# ---- a rank is killed
+
+
+def killed(here: Rank, victim: int, seed: int) -> tuple[list[Any], str]:
+    dice = random.Random(seed)
+    last = dice.randrange(3, 10)
+    group = make_group(here, "auto", timeout=LONG_S)
+    options: dict[str, Any] = {"executor": "process", "workers": 2, "cache_bytes": "1MiB", "inline_bytes": 5000}
+    caster = Caster(group, mixing.by_key, raw_everywhere=True, **options)
+    if caster._intake is not None:
+        here.parent.send(jobs.pids_of(caster))
+    found = []
+    submitted = steps = 0
+    while submitted < 100 or caster.pending:
+        caster.switch(dice.choice(["shm", *MODES]))
+        for _ in range(min(dice.randrange(8), 100 - submitted)):
+            caster.submit(submitted, {"key": submitted % 6})
+            submitted += 1
+        if here.rank == victim and steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for outcome in caster.step(0.005):
+            assert mixing.check(outcome.rid % 6, outcome) == "ok"
+            found.append(outcome.rid)
+        steps += 1
+    why = type(caster.alone).__name__
+    assert caster.close() == []
+    group.close()
+    return sorted(found), why
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("victim", [0, 2])
+def test_all_go_on_without_a_rank_and_its_workers(namespace: str, victim: int, seed: int) -> None:
+    with Ranks(3) as own:
+        children = own.start(killed, victim, seed)
+        own._usable = False
+        fds = [os.pidfd_open(pid) for pid in children[0].receive()]
+        for rank, child in enumerate(children):
+            if rank != victim:
+                kind, (found, why) = child.receive()
+                assert kind == "done"
+                assert found == list(range(100))
+                assert why in ("PeerLostError", "GroupError")
+        try:
+            assert all(map(jobs.ended, fds))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        shmcast.sweep()  # what the entry rank has left, if that is who died
 
 
 # ---- arguments
