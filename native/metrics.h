@@ -74,7 +74,7 @@ typedef struct shmc_histogram shmc_words_TIMES, shmc_words_SIZES;
     /* materialization */                                                                                             \
     X(materialize_ns, TIMES, "ns of one materialization, failed ones included [entry]")                               \
     X(materialized_bytes, COUNTER, "bytes of arrays that materialization gave, small ones left out [entry]")          \
-    X(abandoned_workers, COUNTER, "worker threads given up because a materialization ran out of time [entry]")        \
+    X(abandoned_workers, COUNTER, "worker threads given up because a materialization ran out of time, on each rank")  \
     X(inflight_bytes, GAUGE, "bytes of raw requests queued and of results not delivered [entry]")                     \
     X(peak_inflight_bytes, PEAK, "most bytes that were ever in flight at once [entry]")                               \
     X(backpressure_waits, COUNTER, "submissions that waited because a limit was reached [entry]")                     \
@@ -91,7 +91,7 @@ typedef struct shmc_histogram shmc_words_TIMES, shmc_words_SIZES;
     X(mode_switches, COUNTER, "how often requests were told to go another way from then on [entry]")                  \
     X(replicas_ns, TIMES, "ns of one materialization of a request that every rank materializes, on each rank")        \
     X(inline_bytes, GAUGE, "bytes of arrays of one request below which they travel in the message [entry]")       \
-    X(inline_results, COUNTER, "requests whose arrays travelled in the message because they are fewer bytes than that [entry]")\
+    X(inline_results, COUNTER, "results made for the message because their arrays are fewer bytes than that [entry]")\
     /* the cache */                                                                                                   \
     X(cache_hits, COUNTER, "requests answered by what an equal one had given before [entry]")                         \
     X(cache_misses, COUNTER, "requests with a key that nothing was known of [entry]")                                 \

@@ -6,11 +6,12 @@ though not always in the same step as the group broke in: one may have had outco
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 from . import lockstep
-from .errors import GroupError, MaterializeError
+from .errors import GroupError, HandleError, MaterializeError
 from .group import Group
 from .ledger import Ledger
 from .outcome import Outcome
@@ -47,6 +48,19 @@ class Alone:
         """Raises the cause where this rank can not go on: it has no raw requests, or other ones, or the group could."""
         if self._raws is None or self._forbidden or self._group.closed or self._group.broken is None:
             raise cause
+
+    @contextmanager
+    def unless_whole(self) -> Iterator[None]:
+        """Around all that is done with a message: who is interrupted in there has no outcomes where the others have some, and
+        can not go on with them."""
+        try:
+            yield
+        except (GroupError, HandleError):
+            raise
+        except BaseException as error:
+            text = f"step {self._group.step}: interrupted by {type(error).__name__}: rank {self._group.rank} lacks its outcomes"
+            self._group.give_up(GroupError(text))
+            raise
 
     def go(self, cause: GroupError) -> None:
         """Go on alone from here on: begin what is pending."""

@@ -99,8 +99,8 @@ class Caster:
 
         ``cache_bytes``, ``cache_entries``: answer requests by what equal ones have given, of which that much at most is kept
         in the arena (what counts: see `cache`), the least recently used given up first, and all of it before there is no
-        room for others. Of equal ones that come while one is materialized the others wait for it. None for both: nothing is
-        kept. ``cache_key``: what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`,
+        room for others. Of equal ones that come while one is materialized the others wait for it. Only what goes as "shm" is
+        kept and answered so. None for both: nothing is kept. ``cache_key``: what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`,
         in a thread that all requests pass. What ``materialize`` makes must depend on the raw request alone then, which
         nobody changes.
 
@@ -126,6 +126,7 @@ class Caster:
         self._limits = Limits(max_pending, max_inflight_bytes, on_full, block_timeout, self._tally)
         self._token = _native.process_token()
         self._busy = threading.Lock()  # one collective call at a time
+        self._stepper = 0  # the thread that made the last of these
         self._lock = threading.Lock()  # the books below; never held while something is waited for
         self._ledger = Ledger(group.rank == group.entry)
         self._collected = self._closed = False
@@ -192,7 +193,8 @@ class Caster:
         - "shed": taken, and its outcome is a BackpressureError.
         - "block": the entry rank waits, up to ``block_timeout`` seconds between two steps (at most 10 s, and a third of the
           group's timeout, in which the others wait for it), for materializations to end (in
-          ``max_pending`` only what is not materialized counts here); if that does not help, "shed".
+          ``max_pending`` only what is not materialized counts here); if that does not help, "shed". In the thread that
+          steps only as long as some are under way: what is made or sent in a step it would wait for in vain.
 
         ValueError where a request with this id is pending, TypeError where the id can not be hashed: on all ranks alike, and
         nothing has happened then. GroupError once closed."""
@@ -204,7 +206,7 @@ class Caster:
         intake = self._intake if self._alone_now.cause is None else None
         raw_bytes = 0 if intake is None else size_of(raw)
         if intake is not None and raw is not None:
-            self._limits.wait(intake, raw_bytes)
+            self._limits.wait(intake, raw_bytes, steps=self._stepper == threading.get_ident())
         with self._lock:
             self._check_new(rid)
             if intake is None or self._alone_now.cause is not None:
@@ -339,17 +341,18 @@ class Caster:
                 return self._outcomes_alone(
                     self._group.give_up(GroupError("the entry rank goes on without the others"))
                 )
-            try:
-                _, received = self._group.unpack(blob, self._delivery.finish)
-            except HandleError:
-                raise
-            except BaseException as error:
-                self._collected = False  # no other blob will do either: the group is broken
-                if isinstance(error, GroupError):
-                    return self._outcomes_alone(error)
-                raise
-            self._collected = False
-            return self._deliver(lockstep.STEP, received, exact=False)
+            with self._alone_now.unless_whole():
+                try:
+                    _, received = self._group.unpack(blob, self._delivery.finish)
+                except HandleError:
+                    raise
+                except BaseException as error:
+                    self._collected = False  # no other blob will do either: the group is broken
+                    if isinstance(error, GroupError):
+                        return self._outcomes_alone(error)
+                    raise
+                self._collected = False
+                return self._deliver(lockstep.STEP, received, exact=False)
 
     def close(self, wait: bool = True, cancel_pending: bool = False) -> list[Outcome]:
         """End it, on all ranks in the same step. Returns the outcomes of what was pending. Idempotent.
@@ -379,6 +382,8 @@ class Caster:
                     outcomes += arrived
                     if arrived:
                         patience = time.monotonic() + _HUNG_S
+                    elif self._intake is not None and self._intake.empty and self._alone_now.cause is None:
+                        raise self._group.give_up(GroupError("close: an interrupt has kept requests from being taken on"))
                     elif self._intake is not None and time.monotonic() >= patience and self._intake.may_hang():
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))
@@ -447,6 +452,7 @@ class Caster:
                 raise GroupError(f"{action}: the caster is closed")
             if self._collected and not applies:
                 raise GroupError(f"{action}: what collect() gave has not been applied yet")
+            self._stepper = threading.get_ident()
             yield
         finally:
             self._busy.release()
@@ -460,10 +466,14 @@ class Caster:
             if self._intake is not None:
                 complete = self._wait_ready(self._intake, timeout, serials)
                 blob = self._pack(self._intake, call, serials if serials is None or complete else ())
-            _, received = self._group.exchange(blob, self._delivery.finish)
         except GroupError as error:
             return self._outcomes_alone(error, serials)
-        return self._deliver(call, received, exact=True, serials=serials)
+        with self._alone_now.unless_whole():
+            try:
+                _, received = self._group.exchange(blob, self._delivery.finish)
+            except GroupError as error:
+                return self._outcomes_alone(error, serials)
+            return self._deliver(call, received, exact=True, serials=serials)
 
     def _wait_ready(self, intake: Intake, timeout: float, serials: Sequence[int] | None) -> bool:
         """Wait for ``serials``, or for what was submitted to be done in this step, or for anything. False in vain."""

@@ -184,10 +184,28 @@ class Intake:
         """Whether so many bytes more are within the limit. What is alone in flight always is."""
         return self._max_bytes is None or not self.inflight_bytes or self.inflight_bytes + raw_bytes <= self._max_bytes
 
-    def wait_room(self, raw_bytes: int, max_unfinished: int, timeout: float) -> bool:
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is here that `take` would ever give."""
+        return not self._requests
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether something is to end by itself: otherwise it takes a message, or `work`, to make room."""
+        if self._pool is None or not self._unfinished:
+            return False
+        if self._running or self._max_bytes is None or self._result_bytes < self._max_bytes:
+            return True
+        return any([each.urgent and each.state in _NOT_STARTED for each in self._requests.values()])
+
+    def wait_room(
+        self, raw_bytes: int, max_unfinished: int, timeout: float, *, only_while_it_goes_on: bool = False
+    ) -> bool:
         """Wait for `room`, and for fewer than so many requests that are not materialized."""
 
         def there_is() -> bool:
+            if only_while_it_goes_on and not self.goes_on:
+                return True
             return self._closed or (self._unfinished < max_unfinished and self.room(raw_bytes))
 
         return self._wait(there_is, time.monotonic() + timeout)
@@ -213,7 +231,8 @@ class Intake:
         began_ns = time.monotonic_ns()
         made = self._maker.make(request, raw)
         del raw
-        self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
+        if request.route.way is not Way.RAW:  # which every rank materializes, and counts, itself
+            self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
         end, part, failure, interrupt = made
         kept = None
         try:

@@ -48,12 +48,15 @@ class Limits:
                 self._tally.add("backpressure_raised")
             raise BackpressureError(f"submit {rid!r}: {problem}")
 
-    def wait(self, intake: Intake, raw_bytes: int) -> None:
-        """Where that is what to do, wait for room, without the lock."""
+    def wait(self, intake: Intake, raw_bytes: int, steps: bool) -> None:
+        """Where that is what to do, wait for room, without the lock. ``steps``: whether it is this thread that sends messages,
+        so that none is sent meanwhile."""
         if self._on_full != "block" or not self._refusal(intake, raw_bytes, intake.unfinished):
             return
+        if steps and not intake.goes_on:
+            return
         began_ns = time.monotonic_ns()
-        intake.wait_room(raw_bytes, self._max_pending, self._block_left)
+        intake.wait_room(raw_bytes, self._max_pending, self._block_left, only_while_it_goes_on=steps)
         waited_ns = time.monotonic_ns() - began_ns
         # The others wait in their step: all waits before the next message together are bounded.
         self._block_left = max(self._block_left - waited_ns / 1e9, 0.0)
