@@ -383,7 +383,9 @@ class Caster:
                     if arrived:
                         patience = time.monotonic() + _HUNG_S
                     elif self._intake is not None and self._intake.empty and self._alone_now.cause is None:
-                        raise self._group.give_up(GroupError("close: an interrupt has kept requests from being taken on"))
+                        raise self._group.give_up(
+                            GroupError("close: an interrupt has kept requests from being taken on")
+                        )
                     elif self._intake is not None and time.monotonic() >= patience and self._intake.may_hang():
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))
