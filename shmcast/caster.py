@@ -139,14 +139,13 @@ class Caster:
         threads = 0 if executor == "inline" else workers
         if group.rank == group.entry:
             sender = Sender(group, self._tally, inline.threshold(group, inline_below, self._tally))
-            try:
-                maker = executors.make_maker(executor, group, sender, materialize, workers, tally=self._tally, hash=hash)
-            except BaseException:
-                if desk is not None:
-                    desk.close()  # or the arena would ask it for room as long as it lives
-                raise
-            max_bytes = self._limits.max_bytes
-            self._intake = Intake(maker, workers=threads, max_bytes=max_bytes, tally=self._tally, desk=desk)
+            ends: dict[str, Any] = {
+                "max_bytes": self._limits.max_bytes,
+                "desk": desk,
+                "tally": self._tally,
+                "hash": hash,
+            }
+            self._intake = executors.make_intake(executor, group, sender, materialize, workers, **ends)
         self._replicas = Replicas(materialize, workers=threads, tally=self._tally, watch=self._intake)
         raws = {} if self._raws is None else self._raws
         self._delivery = Delivery(self._replicas, raws, group.timeout / 2, always_agree=raw_everywhere)
@@ -380,7 +379,8 @@ class Caster:
                     if arrived:
                         patience = time.monotonic() + _HUNG_S
                     elif self._intake is not None and self._intake.empty and self._alone_now.cause is None:
-                        raise self._group.give_up(GroupError("close: an interrupt has kept requests from being taken on"))
+                        never = GroupError("close: an interrupt has kept requests from being taken on")
+                        raise self._group.give_up(never)
                     elif self._intake is not None and time.monotonic() >= patience and self._intake.may_hang():
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))

@@ -196,7 +196,7 @@ class Intake:
             return False
         if self._running or self._max_bytes is None or self._result_bytes < self._max_bytes:
             return True
-        return any([each.urgent and each.state in _NOT_STARTED for each in self._requests.values()])
+        return any(each.urgent and each.state in _NOT_STARTED for each in self._requests.values())
 
     def wait_room(
         self, raw_bytes: int, max_unfinished: int, timeout: float, *, only_while_it_goes_on: bool = False

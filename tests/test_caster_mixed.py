@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import os
 import random
@@ -119,7 +118,10 @@ def everything(here: Rank, channel: str, executor: Any, seed: int, count: int, b
             assert 0 < asked <= found["mode_shm"]
             assert found["cache_hits"] > 0, found
             print(counts, found)
-        for pool in (caster._replicas._pool, *(() if caster._intake is None else (caster._intake._pool, caster._intake._clerk))):
+        for pool in (
+            caster._replicas._pool,
+            *(() if caster._intake is None else (caster._intake._pool, caster._intake._clerk)),
+        ):
             assert pool is None or pool.join(LONG_S)
         settle(here, group)
         if group.arena is not None:
@@ -345,7 +347,13 @@ def ended(here: Rank, executor: Any, consensus: bool, seed: int) -> tuple[str, l
     with make_group(here, "auto", max_bytes="16MiB", entry=2, consensus=consensus) as group:
         for turn in range(8):
             caster = Caster(
-                group, mixing.by_key, executor=executor, workers=2, raw_everywhere=True, cache_bytes="1MiB", inline_bytes=5000
+                group,
+                mixing.by_key,
+                executor=executor,
+                workers=2,
+                raw_everywhere=True,
+                cache_bytes="1MiB",
+                inline_bytes=5000,
             )
             futures = shmcast.FutureCaster(caster)
             keys = [dice.randrange(12) for _ in range(60)]
@@ -378,7 +386,13 @@ def ended(here: Rank, executor: Any, consensus: bool, seed: int) -> tuple[str, l
             del outcomes, outcome, made, future
             if caster._intake is not None:
                 gauges = metrics.snapshot(group)["gauges"]
-                assert gauges["pending"] == gauges["inflight_bytes"] == gauges["cache_bytes"] == gauges["cache_entries"] == 0
+                assert (
+                    gauges["pending"]
+                    == gauges["inflight_bytes"]
+                    == gauges["cache_bytes"]
+                    == gauges["cache_entries"]
+                    == 0
+                )
                 for pool in (caster._intake._pool, caster._intake._clerk):
                     assert pool is None or pool.join(LONG_S)
             assert caster._replicas._pool is None or caster._replicas._pool.join(LONG_S)
@@ -417,7 +431,9 @@ def interrupted(here: Rank, mode: str, where: int, raw_everywhere: bool, executo
     found: list[shmcast.Outcome] = []
     said = ""
     with make_group(here, "auto", timeout=LONG_S) as group:
-        caster = Caster(group, materialize, mode=mode, raw_everywhere=raw_everywhere, executor=executor, cache_bytes="1MiB")
+        caster = Caster(
+            group, materialize, mode=mode, raw_everywhere=raw_everywhere, executor=executor, cache_bytes="1MiB"
+        )
         for number in range(4):
             caster.submit(number, number)
         try:
