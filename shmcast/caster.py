@@ -156,6 +156,7 @@ class Caster:
     @property
     def pending(self) -> tuple[Any, ...]:
         """Ids of requests that have no outcome yet, in the order of `submit`; the same on all ranks between two steps."""
+        self._check_own("pending")
         with self._lock:
             return tuple(self._ledger.pending)
 
@@ -196,6 +197,7 @@ class Caster:
         nothing has happened then. GroupError once closed."""
         hash(rid)
         timeout = self._timeout if timeout is None else seconds("timeout", timeout)
+        self._check_own("submit")
         with self._lock:
             self._check_new(rid)
             self._limits.check(rid, len(self._ledger.pending), decides=self._intake is not None)
@@ -233,14 +235,12 @@ class Caster:
         is not pending, or is cancelled already, is left alone."""
         if not callable(which):
             hash(which)
+        self._check_own("cancel")
         if self._intake is None or self._alone_now.cause is not None:
             return
         with self._lock:
             rids = tuple(self._ledger.pending)
-        if callable(which) and which not in rids:
-            chosen = {rid for rid in rids if which(rid)}
-        else:
-            chosen = {which}
+        chosen = {rid for rid in rids if which(rid)} if callable(which) and which not in rids else {which}
         with self._lock:
             serials = [self._ledger.pending[rid] for rid in rids if rid in chosen and rid in self._ledger.pending]
         self._intake.cancel(serials)
@@ -323,6 +323,7 @@ class Caster:
         limit. ValueError elsewhere, and once closed."""
         if self._intake is None:
             raise ValueError(f"fileno: this is rank {self._group.rank}, the entry rank is {self._group.entry}")
+        self._check_own("fileno")
         return self._intake.fileno()
 
     def apply(self, blob: "bytes | bytearray | memoryview") -> list[Outcome]:
@@ -334,9 +335,8 @@ class Caster:
         with self._alone("apply", applies=True):
             if self._alone_now.cause is not None or blob == _ALONE:
                 self._collected = False
-                return self._outcomes_alone(
-                    self._group.give_up(GroupError("the entry rank goes on without the others"))
-                )
+                cause = GroupError("the entry rank goes on without the others")
+                return self._outcomes_alone(self._group.give_up(cause))
             with self._alone_now.unless_whole():
                 try:
                     _, received = self._group.unpack(blob, self._delivery.finish)
@@ -409,9 +409,12 @@ class Caster:
 
     # ---- in
 
-    def _check_new(self, rid: Hashable) -> None:
+    def _check_own(self, action: str) -> None:
+        """Before any lock: a forked child may have been left one that nobody gives back."""
         if self._token != _native.process_token():
-            raise GroupError(f"submit {rid!r}: this process was forked from a rank; it is none itself")
+            raise GroupError(f"{action}: this process was forked from a rank; it is none itself")
+
+    def _check_new(self, rid: Hashable) -> None:
         if self._closed:
             raise GroupError(f"submit {rid!r}: the caster is closed")
         if rid in self._ledger.pending:
@@ -440,8 +443,7 @@ class Caster:
 
     @contextmanager
     def _alone(self, action: str, applies: bool = False) -> Iterator[None]:
-        if self._token != _native.process_token():
-            raise GroupError(f"{action}: this process was forked from a rank; it is none itself")
+        self._check_own(action)
         if not self._busy.acquire(blocking=False):
             raise GroupError(f"{action}: a call that all ranks make together is under way in another thread")
         try:
