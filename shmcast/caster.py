@@ -216,16 +216,8 @@ class Caster:
             serial = self._enter(rid, raw)
             if route.sync:
                 self._awaited.append(serial)
-            intake.admit(
-                serial,
-                rid,
-                raw,
-                raw_bytes=raw_bytes,
-                timeout=timeout,
-                route=route,
-                urgent=route.sync,
-                refusal=refusal,
-            )
+            terms: dict[str, Any] = {"timeout": timeout, "urgent": route.sync, "refusal": refusal}
+            intake.admit(serial, rid, raw, raw_bytes=raw_bytes, route=route, **terms)
 
     def cancel(self, which: "Hashable | Predicate") -> None:
         """Ask that a request, by its id, or all for whose ids a function is true, end as cancelled, whatever is being done
@@ -271,6 +263,7 @@ class Caster:
         Others that are pending stay so. Limits do not apply, but for a request that is larger than ``max_inflight_bytes``.
         Errors as for `submit` and `step`."""
         batch = list(requests)
+        sizes = [0 if self._intake is None else size_of(raw) for _, raw in batch]
         timeout = self._timeout if timeout is None else seconds("timeout", timeout)
         with self._alone("cast"):
             with self._lock:
@@ -280,12 +273,12 @@ class Caster:
                 for rid in rids:
                     self._check_new(rid)
                 serials = [self._enter(rid, raw) for rid, raw in batch]
-            if self._intake is not None and self._alone_now.cause is None:
-                for serial, (rid, raw) in zip(serials, batch, strict=True):
-                    route = self._route(rid)._replace(sync=True)
-                    self._intake.admit(
-                        serial, rid, raw, raw_bytes=size_of(raw), timeout=timeout, route=route, urgent=True
-                    )
+                if self._intake is not None and self._alone_now.cause is None:
+                    # Under the lock, for the same reason as in `submit`.
+                    terms: dict[str, Any] = {"timeout": timeout, "urgent": True}
+                    for serial, (rid, raw), size in zip(serials, batch, sizes, strict=True):
+                        route = self._route(rid)._replace(sync=True)
+                        self._intake.admit(serial, rid, raw, raw_bytes=size, route=route, **terms)
             del batch  # raw requests are not needed for the whole of it
             outcomes: list[Outcome] = []
             while len(outcomes) < len(serials):  # messages that say nothing yet come before those that say all

@@ -527,3 +527,36 @@ def test_a_forked_child_waits_for_no_lock(namespace: str, lock: str) -> None:
                 os._exit(refused)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 8
         assert outcomes_of(free(caster)) == {"a": 5}
+
+
+# ---- cancelled at any moment
+
+
+def test_a_batch_can_be_cancelled_as_soon_as_it_is_pending(namespace: str) -> None:
+    maker = Maker()
+    with shmcast.Group(max_bytes="16MiB") as group, Caster(group, maker, cache_bytes="1MiB", workers=2) as caster:
+        intake = caster._intake
+        assert intake is not None
+        admit = intake.admit
+
+        def cancel() -> None:
+            while "b" not in caster.pending:
+                pass
+            caster.cancel("b")
+            maker.open("gate")
+
+        canceller = threading.Thread(target=cancel)
+
+        def admitting(serial: int, *args: Any, **options: Any) -> None:
+            if serial == 0:
+                canceller.start()
+                if not caster._lock.locked():
+                    canceller.join()
+            admit(serial, *args, **options)
+
+        intake.admit = admitting  # type: ignore[method-assign, assignment]
+        gate = maker.gate("gate")
+        first, second = caster.cast([("a", 5), ("b", gate)])
+        canceller.join()
+        assert first.ok
+        assert second.cancelled
