@@ -100,9 +100,9 @@ class Caster:
         ``cache_bytes``, ``cache_entries``: answer requests by what equal ones have given, of which that much at most is kept
         in the arena (what counts: see `cache`), the least recently used given up first, and all of it before there is no
         room for others. Of equal ones that come while one is materialized the others wait for it. Only what goes as "shm" is
-        kept and answered so. None for both: nothing is kept. ``cache_key``: what names the content of a raw request, bytes or text, None: nothing does; in place of `key_of`,
-        in a thread that all requests pass. What ``materialize`` makes must depend on the raw request alone then, which
-        nobody changes.
+        kept and answered so. None for both: nothing is kept. ``cache_key``: what names the content of a raw request, bytes or
+        text, None: nothing does; in place of `key_of`, in a thread that all requests pass. What ``materialize`` makes must
+        depend on the raw request alone then, which nobody changes.
 
         ``mode``: which way requests go, see `modes`; "shm" where neither it nor ``SHMCAST_MODE`` says another. ``raw_everywhere``:
         `submit` and `cast` are given the raw requests on every rank, which "replicate" needs; and if the group breaks, each
@@ -140,16 +140,13 @@ class Caster:
         threads = 0 if executor == "inline" else workers
         if group.rank == group.entry:
             sender = Sender(group, self._tally, inline.threshold(group, inline_below, self._tally))
-            try:
-                maker = executors.make_maker(
-                    executor, group, sender, materialize, workers, tally=self._tally, hash=hash
-                )
-            except BaseException:
-                if desk is not None:
-                    desk.close()  # or the arena would ask it for room as long as it lives
-                raise
-            max_bytes = self._limits.max_bytes
-            self._intake = Intake(maker, workers=threads, max_bytes=max_bytes, tally=self._tally, desk=desk)
+            ends: dict[str, Any] = {
+                "max_bytes": self._limits.max_bytes,
+                "desk": desk,
+                "tally": self._tally,
+                "hash": hash,
+            }
+            self._intake = executors.make_intake(executor, group, sender, materialize, workers, **ends)
         self._replicas = Replicas(materialize, workers=threads, tally=self._tally, watch=self._intake)
         raws = {} if self._raws is None else self._raws
         self._delivery = Delivery(self._replicas, raws, group.timeout / 2, always_agree=raw_everywhere)
@@ -160,6 +157,7 @@ class Caster:
     @property
     def pending(self) -> tuple[Any, ...]:
         """Ids of requests that have no outcome yet, in the order of `submit`; the same on all ranks between two steps."""
+        self._check_own("pending")
         with self._lock:
             return tuple(self._ledger.pending)
 
@@ -200,6 +198,7 @@ class Caster:
         nothing has happened then. GroupError once closed."""
         hash(rid)
         timeout = self._timeout if timeout is None else seconds("timeout", timeout)
+        self._check_own("submit")
         with self._lock:
             self._check_new(rid)
             self._limits.check(rid, len(self._ledger.pending), decides=self._intake is not None)
@@ -218,16 +217,8 @@ class Caster:
             serial = self._enter(rid, raw)
             if route.sync:
                 self._awaited.append(serial)
-            intake.admit(
-                serial,
-                rid,
-                raw,
-                raw_bytes=raw_bytes,
-                timeout=timeout,
-                route=route,
-                urgent=route.sync,
-                refusal=refusal,
-            )
+            terms: dict[str, Any] = {"timeout": timeout, "urgent": route.sync, "refusal": refusal}
+            intake.admit(serial, rid, raw, raw_bytes=raw_bytes, route=route, **terms)
 
     def cancel(self, which: "Hashable | Predicate") -> None:
         """Ask that a request, by its id, or all for whose ids a function is true, end as cancelled, whatever is being done
@@ -237,14 +228,12 @@ class Caster:
         is not pending, or is cancelled already, is left alone."""
         if not callable(which):
             hash(which)
+        self._check_own("cancel")
         if self._intake is None or self._alone_now.cause is not None:
             return
         with self._lock:
             rids = tuple(self._ledger.pending)
-        if callable(which) and which not in rids:
-            chosen = {rid for rid in rids if which(rid)}
-        else:
-            chosen = {which}
+        chosen = {rid for rid in rids if which(rid)} if callable(which) and which not in rids else {which}
         with self._lock:
             serials = [self._ledger.pending[rid] for rid in rids if rid in chosen and rid in self._ledger.pending]
         self._intake.cancel(serials)
@@ -275,6 +264,7 @@ class Caster:
         Others that are pending stay so. Limits do not apply, but for a request that is larger than ``max_inflight_bytes``.
         Errors as for `submit` and `step`."""
         batch = list(requests)
+        sizes = [0 if self._intake is None else size_of(raw) for _, raw in batch]
         timeout = self._timeout if timeout is None else seconds("timeout", timeout)
         with self._alone("cast"):
             with self._lock:
@@ -284,12 +274,12 @@ class Caster:
                 for rid in rids:
                     self._check_new(rid)
                 serials = [self._enter(rid, raw) for rid, raw in batch]
-            if self._intake is not None and self._alone_now.cause is None:
-                for serial, (rid, raw) in zip(serials, batch, strict=True):
-                    route = self._route(rid)._replace(sync=True)
-                    self._intake.admit(
-                        serial, rid, raw, raw_bytes=size_of(raw), timeout=timeout, route=route, urgent=True
-                    )
+                if self._intake is not None and self._alone_now.cause is None:
+                    # Under the lock, for the same reason as in `submit`.
+                    terms: dict[str, Any] = {"timeout": timeout, "urgent": True}
+                    for serial, (rid, raw), size in zip(serials, batch, sizes, strict=True):
+                        route = self._route(rid)._replace(sync=True)
+                        self._intake.admit(serial, rid, raw, raw_bytes=size, route=route, **terms)
             del batch  # raw requests are not needed for the whole of it
             outcomes: list[Outcome] = []
             while len(outcomes) < len(serials):  # messages that say nothing yet come before those that say all
@@ -327,6 +317,7 @@ class Caster:
         limit. ValueError elsewhere, and once closed."""
         if self._intake is None:
             raise ValueError(f"fileno: this is rank {self._group.rank}, the entry rank is {self._group.entry}")
+        self._check_own("fileno")
         return self._intake.fileno()
 
     def apply(self, blob: "bytes | bytearray | memoryview") -> list[Outcome]:
@@ -338,9 +329,8 @@ class Caster:
         with self._alone("apply", applies=True):
             if self._alone_now.cause is not None or blob == _ALONE:
                 self._collected = False
-                return self._outcomes_alone(
-                    self._group.give_up(GroupError("the entry rank goes on without the others"))
-                )
+                cause = GroupError("the entry rank goes on without the others")
+                return self._outcomes_alone(self._group.give_up(cause))
             with self._alone_now.unless_whole():
                 try:
                     _, received = self._group.unpack(blob, self._delivery.finish)
@@ -383,9 +373,8 @@ class Caster:
                     if arrived:
                         patience = time.monotonic() + _HUNG_S
                     elif self._intake is not None and self._intake.empty and self._alone_now.cause is None:
-                        raise self._group.give_up(
-                            GroupError("close: an interrupt has kept requests from being taken on")
-                        )
+                        never = GroupError("close: an interrupt has kept requests from being taken on")
+                        raise self._group.give_up(never)
                     elif self._intake is not None and time.monotonic() >= patience and self._intake.may_hang():
                         text = f"nothing was materialized for {_HUNG_S} s, and the caster is being closed"
                         self._intake.fail_unfinished(TimeoutError(text))
@@ -414,9 +403,12 @@ class Caster:
 
     # ---- in
 
-    def _check_new(self, rid: Hashable) -> None:
+    def _check_own(self, action: str) -> None:
+        """Before any lock: a forked child may have been left one that nobody gives back."""
         if self._token != _native.process_token():
-            raise GroupError(f"submit {rid!r}: this process was forked from a rank; it is none itself")
+            raise GroupError(f"{action}: this process was forked from a rank; it is none itself")
+
+    def _check_new(self, rid: Hashable) -> None:
         if self._closed:
             raise GroupError(f"submit {rid!r}: the caster is closed")
         if rid in self._ledger.pending:
@@ -445,8 +437,7 @@ class Caster:
 
     @contextmanager
     def _alone(self, action: str, applies: bool = False) -> Iterator[None]:
-        if self._token != _native.process_token():
-            raise GroupError(f"{action}: this process was forked from a rank; it is none itself")
+        self._check_own(action)
         if not self._busy.acquire(blocking=False):
             raise GroupError(f"{action}: a call that all ranks make together is under way in another thread")
         try:

@@ -1,7 +1,8 @@
 """`Desk`: which requests are answered by a cache, which wait for an equal one, and which are materialized.
 
 Of requests with one key that come while none is known, the first leads and is materialized, the others wait for it. When it
-ends without a value, the next of them leads. Has no lock of its own: its intake's guards it, but for `key`.
+ends without a value, the next of them leads. Has no lock of its own: its intake's guards it, but for `key`, and `close`,
+after which nothing else is called.
 """
 
 from collections import deque

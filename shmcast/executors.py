@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 from .content import Hash
+from .desk import Desk
 from .group import Group
+from .intake import Intake
 from .materializing import ByWay, Here, Maker
 from .sending import Sender
 from .tally import Tally
@@ -45,6 +47,29 @@ def make_maker(
     if executor == "process":
         return ByWay(sender, Workers(group, sender, materialize, count=workers, tally=tally, hash=hash))
     return ByWay(sender, Here(group, sender, materialize, tally=tally, hash=hash))
+
+
+def make_intake(
+    executor: Executor,
+    group: Group,
+    sender: Sender,
+    materialize: Callable[..., Any],
+    workers: int,
+    *,
+    max_bytes: int | None,
+    desk: Desk | None,
+    tally: Tally,
+    hash: Hash,
+) -> Intake:
+    """Who takes requests on. Where none can be made, which raises what `make_maker` raises, ``desk`` is closed."""
+    try:
+        maker = make_maker(executor, group, sender, materialize, workers, tally=tally, hash=hash)
+    except BaseException:
+        if desk is not None:
+            desk.close()  # or the arena would ask it for room as long as it lives
+        raise
+    threads = 0 if executor == "inline" else workers
+    return Intake(maker, workers=threads, max_bytes=max_bytes, tally=tally, desk=desk)
 
 
 def default_workers() -> int:

@@ -492,3 +492,71 @@ def test_close_ends_though_an_interrupt_has_kept_a_request_out(namespace: str) -
         caster.submit("b", 5)
         ends = {outcome.rid: outcome.ok for outcome in caster.close()}
         assert ends == {"a": False, "b": True}
+
+
+# ---- forked children
+
+
+@pytest.mark.parametrize("lock", ["caster", "intake"])
+def test_a_forked_child_waits_for_no_lock(namespace: str, lock: str) -> None:
+    """That a thread had when it was forked."""
+    with shmcast.Group(max_bytes="16MiB") as group, Caster(group, Maker(), cache_bytes="1MiB") as caster:
+        assert caster._intake is not None
+        caster.submit("a", 5)
+        with (caster if lock == "caster" else caster._intake)._lock:
+            child = os.fork()
+            if not child:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(10)
+                refused = 0
+                for call in (
+                    lambda: caster.pending,
+                    lambda: caster.submit("b", 6),
+                    lambda: caster.cancel("a"),
+                    caster.step,
+                    caster.collect,
+                    lambda: caster.cast([("c", 7)]),
+                    lambda: caster.apply(b"no blob"),
+                    caster.fileno,
+                ):
+                    try:
+                        call()
+                    except GroupError:
+                        refused += 1
+                caster.close()
+                os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 8
+        assert outcomes_of(free(caster)) == {"a": 5}
+
+
+# ---- cancelled at any moment
+
+
+def test_a_batch_can_be_cancelled_as_soon_as_it_is_pending(namespace: str) -> None:
+    maker = Maker()
+    with shmcast.Group(max_bytes="16MiB") as group, Caster(group, maker, cache_bytes="1MiB", workers=2) as caster:
+        intake = caster._intake
+        assert intake is not None
+        admit = intake.admit
+
+        def cancel() -> None:
+            while "b" not in caster.pending:
+                pass
+            caster.cancel("b")
+            maker.open("gate")
+
+        canceller = threading.Thread(target=cancel)
+
+        def admitting(serial: int, *args: Any, **options: Any) -> None:
+            if serial == 0:
+                canceller.start()
+                if not caster._lock.locked():
+                    canceller.join()
+            admit(serial, *args, **options)
+
+        intake.admit = admitting  # type: ignore[method-assign, assignment]
+        gate = maker.gate("gate")
+        first, second = caster.cast([("a", 5), ("b", gate)])
+        canceller.join()
+        assert first.ok
+        assert second.cancelled

@@ -33,16 +33,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lockstep", "pool", "tally"),  # what the entry rank tells the others of requests; threads; counts
     ("inline", "modes", "outcome", "request", "ledger"),  # which way requests go; what becomes of them
     ("sending", "materializing", "replicas"),  # who makes a value of a request, and encodes it
-    (
-        "drafts",
-        "worker",
-        "staff",
-        "workers",
-        "executors",
-    ),  # the same in processes of their own; which of these it is to be
+    ("drafts", "worker", "staff", "workers"),  # the same in processes of their own
     ("delivery", "alone"),  # what a rank does with a message, and without any
     ("keys", "cache", "desk"),  # what equal requests have given
-    ("intake", "limits", "caster"),  # requests on the entry rank; on all ranks
+    ("intake", "executors"),  # requests on the entry rank; who makes values of them there
+    ("limits", "caster"),  # on all ranks
     ("futures",),
 )
 # Looks at arenas from outside: sits on these and on each other in this order, and nothing is built on it.
