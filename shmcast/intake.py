@@ -43,6 +43,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from . import lockstep
@@ -225,11 +226,8 @@ class Intake:
             request.state = RUNNING
             self._running[request.serial] = request
             raw, request.raw = request.raw, None
-            if request.timeout is not None and self._pool is not None:
-                request.deadline = time.monotonic() + request.timeout
-                self._changed.notify_all()  # who waits, waits until then at most
         began_ns = time.monotonic_ns()
-        made = self._maker.make(request, raw)
+        made = self._maker.make(request, raw, partial(self.started, request.serial))
         del raw
         if request.route.way is not Way.RAW:  # which every rank materializes, and counts, itself
             self._tally.observe("materialize_ns", time.monotonic_ns() - began_ns)
@@ -504,12 +502,12 @@ class Intake:
         self._running[request.serial] = request
 
     def started(self, serial: int) -> None:
-        """Of what every rank materializes: a worker of this one has begun with it. From any thread."""
+        """A worker has begun with it: its time counts from here on. From any thread."""
         with self._lock:
             request = self._running.get(serial)
             if request is not None and request.state == RUNNING and request.timeout is not None:
                 request.deadline = time.monotonic() + request.timeout
-                self._changed.notify_all()
+                self._changed.notify_all()  # who waits, waits until then at most
 
     def made(self, serial: int) -> None:
         """Of what every rank materializes: this one is done with it. From any thread."""

@@ -32,8 +32,9 @@ class Made(NamedTuple):
 class Maker(Protocol):
     """Called on worker threads, or on the group's own where there are none; several at once."""
 
-    def make(self, request: Request, raw: Any) -> Made:
-        """Materialize and publish. Raises nothing: whatever goes wrong is the one request's alone."""
+    def make(self, request: Request, raw: Any, begun: Callable[[], object]) -> Made:
+        """Materialize and publish. ``begun`` is called when it begins, which may be long after this: from then on the time
+        counts that it may take. Raises nothing: whatever goes wrong is the one request's alone."""
 
     def give_up(self, request: Request) -> None:
         """Nobody waits any more for the `make` that runs for this request; from any thread."""
@@ -56,8 +57,9 @@ class Here:
         self._hash = hash
         self._tally = tally
 
-    def make(self, request: Request, raw: Any) -> Made:
+    def make(self, request: Request, raw: Any, begun: Callable[[], object]) -> Made:
         """See `Maker`."""
+        begun()
         place = None
         try:
             if self._out_name is not None:
@@ -91,10 +93,11 @@ class ByWay:
         self._sender = sender
         self._maker = maker
 
-    def make(self, request: Request, raw: Any) -> Made:
+    def make(self, request: Request, raw: Any, begun: Callable[[], object]) -> Made:
         """See `Maker`."""
         if request.route.way is not Way.RAW:
-            return self._maker.make(request, raw)
+            return self._maker.make(request, raw, begun)
+        begun()
         try:
             end = lockstep.RAW if request.route.sync else lockstep.BEGIN_RAW
             return Made(end, self._sender.prepare(request, raw))

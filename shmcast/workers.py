@@ -73,7 +73,7 @@ class Workers:
         """Of the workers that are ready."""
         return self._staff.pids
 
-    def make(self, request: Request, raw: Any) -> Made:
+    def make(self, request: Request, raw: Any, begun: Callable[[], object]) -> Made:
         """See `Maker`."""
         place = None
         try:
@@ -82,7 +82,7 @@ class Workers:
             except Exception as error:
                 raise TypeError(f"the raw request can not be sent to a worker process: {error}") from error
             place = place_for(self._group, request, lambda nbytes: None, self._hash)
-            draft = self._ask(request, job, place)
+            draft = self._ask(request, job, place, begun)
             if draft is None:
                 return Made(lockstep.NONE)
             tree = codec.put_together(*draft)
@@ -104,9 +104,12 @@ class Workers:
 
     # ---- one request
 
-    def _ask(self, request: Request, job: bytes, place: InPlace) -> "tuple[memoryview, list[Any]] | None":
+    def _ask(
+        self, request: Request, job: bytes, place: InPlace, begun: Callable[[], object]
+    ) -> "tuple[memoryview, list[Any]] | None":
         """A draft that can be put together; None where the value is None. Raises what is to be told of a failure."""
         process = self._staff.hire(request)
+        begun()  # not before: it may have waited for another one's successor
         answered = False
         blocks: list[arrays.ndarray] = []
         try:
