@@ -150,7 +150,7 @@ class Caster:
         self._replicas = Replicas(materialize, workers=threads, tally=self._tally, watch=self._intake)
         raws = {} if self._raws is None else self._raws
         self._delivery = Delivery(self._replicas, raws, group.timeout / 2, always_agree=raw_everywhere)
-        self._alone_now = Alone(group, self._ledger, self._raws, self._replicas)
+        self._alone = Alone(group, self._ledger, self._raws, self._replicas)
 
     # ---- any thread
 
@@ -172,7 +172,7 @@ class Caster:
 
         From then on every step has the outcomes of all that is pending, in the order in which it was submitted, and waits for
         them. Nothing is decided any more: `cancel`, timeouts of single requests and modes change nothing."""
-        return self._alone_now.cause
+        return self._alone.cause
 
     def switch(self, mode: str) -> None:
         """Send requests that come from now on another way, see `modes`. At any moment, on the entry rank; elsewhere it changes
@@ -182,8 +182,8 @@ class Caster:
             self._tally.add("mode_switches")
 
     def submit(self, rid: Hashable, raw: Any = None, *, timeout: float | None = None) -> None:
-        """Have a request materialized. On all ranks, in the same order; ``raw`` counts on the entry rank alone, and None is
-        ready at once, with the value None. ``timeout``: in place of the caster's.
+        """Have a request materialized. On all ranks, in the same order; without ``raw_everywhere`` ``raw`` counts on the entry rank
+        alone. None is ready at once, with the value None. ``timeout``: in place of the caster's.
 
         At a limit, with ``on_full``
 
@@ -202,13 +202,13 @@ class Caster:
         with self._lock:
             self._check_new(rid)
             self._limits.check(rid, len(self._ledger.pending), decides=self._intake is not None)
-        intake = self._intake if self._alone_now.cause is None else None
+        intake = self._intake if self._alone.cause is None else None
         raw_bytes = 0 if intake is None else size_of(raw)
         if intake is not None and raw is not None:
             self._limits.wait(intake, raw_bytes, steps=self._stepper == threading.get_ident())
         with self._lock:
             self._check_new(rid)
-            if intake is None or self._alone_now.cause is not None:
+            if intake is None or self._alone.cause is not None:
                 self._enter(rid, raw)
                 return
             refusal = "" if raw is None else self._limits.shed(intake, raw_bytes, len(self._ledger.pending))
@@ -229,7 +229,7 @@ class Caster:
         if not callable(which):
             hash(which)
         self._check_own("cancel")
-        if self._intake is None or self._alone_now.cause is not None:
+        if self._intake is None or self._alone.cause is not None:
             return
         with self._lock:
             rids = tuple(self._ledger.pending)
@@ -250,7 +250,7 @@ class Caster:
         GroupError, PeerLostError, GroupTimeoutError: the ranks can not go on together; see `Group.broadcast`. Also where a
         rank was not given the same requests as the entry rank."""
         began_ns = time.monotonic_ns()
-        with self._alone("step"):
+        with self._collective("step"):
             if not self._ledger.pending:
                 return []
             outcomes = self._exchange(lockstep.STEP, seconds("timeout", timeout))
@@ -266,7 +266,7 @@ class Caster:
         batch = list(requests)
         sizes = [0 if self._intake is None else size_of(raw) for _, raw in batch]
         timeout = self._timeout if timeout is None else seconds("timeout", timeout)
-        with self._alone("cast"):
+        with self._collective("cast"):
             with self._lock:
                 rids = [rid for rid, _ in batch]
                 if len(set(rids)) != len(rids):
@@ -274,7 +274,7 @@ class Caster:
                 for rid in rids:
                     self._check_new(rid)
                 serials = [self._enter(rid, raw) for rid, raw in batch]
-                if self._intake is not None and self._alone_now.cause is None:
+                if self._intake is not None and self._alone.cause is None:
                     # Under the lock, for the same reason as in `submit`.
                     terms: dict[str, Any] = {"timeout": timeout, "urgent": True}
                     for serial, (rid, raw), size in zip(serials, batch, sizes, strict=True):
@@ -291,7 +291,7 @@ class Caster:
 
         `apply` takes it on all ranks, this one included, before anything else that all ranks do together with this caster.
         ValueError elsewhere."""
-        with self._alone("collect"):
+        with self._collective("collect"):
             intake = self._intake
             if intake is None:
                 raise ValueError(f"collect: this is rank {self._group.rank}, the entry rank is {self._group.entry}")
@@ -324,14 +324,14 @@ class Caster:
         """On all ranks: the outcomes in what `collect` gave, [] for b"". In their order, each once.
 
         HandleError where it is not that, and nothing has happened then; GroupError as for `step`."""
-        if not blob and self._alone_now.cause is None:
+        if not blob and self._alone.cause is None:
             return []
-        with self._alone("apply", applies=True):
-            if self._alone_now.cause is not None or blob == _ALONE:
+        with self._collective("apply", applies=True):
+            if self._alone.cause is not None or blob == _ALONE:
                 self._collected = False
                 cause = GroupError("the entry rank goes on without the others")
                 return self._outcomes_alone(self._group.give_up(cause))
-            with self._alone_now.unless_whole():
+            with self._alone.unless_whole():
                 try:
                     _, received = self._group.unpack(blob, self._delivery.finish)
                 except HandleError:
@@ -357,7 +357,7 @@ class Caster:
         with self._lock:
             if self._closed:
                 return []
-        with self._alone("close", applies=True):
+        with self._collective("close", applies=True):
             with self._lock:
                 self._closed = True
             outcomes: list[Outcome] = []
@@ -372,7 +372,7 @@ class Caster:
                     outcomes += arrived
                     if arrived:
                         patience = time.monotonic() + _HUNG_S
-                    elif self._intake is not None and self._intake.empty and self._alone_now.cause is None:
+                    elif self._intake is not None and self._intake.empty and self._alone.cause is None:
                         never = GroupError("close: an interrupt has kept requests from being taken on")
                         raise self._group.give_up(never)
                     elif self._intake is not None and time.monotonic() >= patience and self._intake.may_hang():
@@ -421,8 +421,8 @@ class Caster:
             self._raws[serial] = raw
         if self._intake is not None:
             self._tally.add("requests")
-        if self._alone_now.cause is not None:
-            self._alone_now.begin(serial)
+        if self._alone.cause is not None:
+            self._alone.begin(serial)
             if self._intake is not None:
                 self._intake.show(True)
         self._tally_pending()
@@ -436,7 +436,7 @@ class Caster:
     # ---- out
 
     @contextmanager
-    def _alone(self, action: str, applies: bool = False) -> Iterator[None]:
+    def _collective(self, action: str, applies: bool = False) -> Iterator[None]:
         self._check_own(action)
         if not self._busy.acquire(blocking=False):
             raise GroupError(f"{action}: a call that all ranks make together is under way in another thread")
@@ -461,7 +461,7 @@ class Caster:
                 blob = self._pack(self._intake, call, serials if serials is None or complete else ())
         except GroupError as error:
             return self._outcomes_alone(error, serials)
-        with self._alone_now.unless_whole():
+        with self._alone.unless_whole():
             try:
                 _, received = self._group.exchange(blob, self._delivery.finish)
             except GroupError as error:
@@ -519,7 +519,7 @@ class Caster:
                 self._limits.reported_bytes = said.inflight_bytes if self._ledger.pending else 0
                 self._tally_outcomes(outcomes)
         if problem:
-            self._alone_now.forbid()
+            self._alone.forbid()
             raise self._group.give_up(GroupError(f"step {self._group.step}, rank {self._group.rank}: {problem}"))
         return outcomes
 
@@ -540,7 +540,7 @@ class Caster:
     def _outcomes_alone(self, cause: GroupError, serials: Sequence[int] | None = None) -> list[Outcome]:
         """Of ``serials``, or of all; whatever the group has become. Raises the cause where this rank can not go on."""
         self._go_alone(cause)
-        outcomes = self._alone_now.outcomes(serials, self._ending, _HUNG_S if self._closed else alone.FOR_EVER_S)
+        outcomes = self._alone.outcomes(serials, self._ending, _HUNG_S if self._closed else alone.FOR_EVER_S)
         with self._lock:
             for outcome in outcomes:
                 self._leave(self._ledger.pending[outcome.rid])
@@ -550,11 +550,11 @@ class Caster:
         return outcomes
 
     def _go_alone(self, cause: GroupError) -> None:
-        if self._alone_now.cause is None:
-            self._alone_now.check(cause)
+        if self._alone.cause is None:
+            self._alone.check(cause)
             with self._lock:
                 self._limits.reported_bytes = 0
-                self._alone_now.go(cause)
+                self._alone.go(cause)
             if self._intake is not None:
                 self._intake.close(shown=True)
 
