@@ -36,6 +36,10 @@ class Maker(Protocol):
         """Materialize and publish. ``begun`` is called when it begins, which may be long after this: from then on the time
         counts that it may take. Raises nothing: whatever goes wrong is the one request's alone."""
 
+    @property
+    def pids(self) -> list[int]:
+        """Of worker processes that are ready, where there are any: what they take of CPU is the rank's."""
+
     def give_up(self, request: Request) -> None:
         """Nobody waits any more for the `make` that runs for this request; from any thread."""
 
@@ -75,6 +79,11 @@ class Here:
             if place is not None:
                 place.end()
 
+    @property
+    def pids(self) -> list[int]:
+        """See `Maker`."""
+        return []
+
     def give_up(self, request: Request) -> None:
         """See `Maker`: a thread can not be ended, so it goes on alone."""
 
@@ -104,6 +113,11 @@ class ByWay:
         except BaseException as error:
             interrupt = error if isinstance(error, KeyboardInterrupt) else None
             return Made(lockstep.FAILED, failure=lockstep.failure_of(error), interrupt=interrupt)
+
+    @property
+    def pids(self) -> list[int]:
+        """See `Maker`."""
+        return self._maker.pids
 
     def give_up(self, request: Request) -> None:
         """See `Maker`."""

@@ -70,7 +70,7 @@ class Workers:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers that are ready."""
+        """See `Maker`."""
         return self._staff.pids
 
     def make(self, request: Request, raw: Any, begun: Callable[[], object]) -> Made:

@@ -18,7 +18,6 @@ import numpy as np
 import shmcast
 from parts.casting import make_requests, materialize
 from parts.figures import MIB
-from shmcast.workers import Workers
 
 EXECUTORS: tuple[tuple[Literal["process", "thread"], int], ...] = (
     ("process", 1),
@@ -45,8 +44,7 @@ def _cpu_of(pid: int) -> float:
 
 def _pids(caster: shmcast.Caster) -> list[int]:
     intake = caster._intake
-    maker = None if intake is None else intake._maker
-    return maker.pids if isinstance(maker, Workers) else []
+    return [] if intake is None else intake._maker.pids
 
 
 def _wrong(value: Any, digests: list[int]) -> bool:
