@@ -3,7 +3,7 @@
 # make bench-async   the same on a stream of requests that arrive faster than they can be served
 # make bench-gc   1,000 dead arenas swept at once, how soon a death is noticed, what watching costs
 # make test-sglang, make bench-sglang   against SGLang's own classes, in ./.venv-sglang (some 3 GB)
-# make soak   processes killed at random, under load; SOAK_SECONDS=60
+# make soak   processes killed at random, under load; SOAK_SECONDS=60       make soak-modes   all modes switched under load
 # make sanitize   the C core and its tests under sanitizers               make fuzz   FUZZ_SECONDS=60 of each harness
 #
 # Needs git, python3 (3.10 or newer, with venv and headers), a C compiler; no root. The rest goes into ./.venv.
@@ -28,7 +28,7 @@ C_FILES = $(SOURCES) $(wildcard tests/model/*.[ch] tests/native/*.c tests/fuzz/*
 # The directory too: a file that is added or removed changes it. Python files are used from the tree as they are.
 BUILD_INPUTS = CMakeLists.txt pyproject.toml native $(SOURCES)
 
-.PHONY: help bench bench-async bench-core bench-gc bench-sglang test test-core test-sglang sanitize fuzz soak check format clean distclean
+.PHONY: help bench bench-async bench-core bench-gc bench-sglang test test-core test-sglang sanitize fuzz soak soak-modes check format clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +69,10 @@ bench-sglang: $(SGLANG)/.installed
 SOAK_SECONDS ?= 60
 soak: $(VENV)/.installed
 	$(PY) tests/soak.py --seconds $(SOAK_SECONDS) $(ARGS)
+
+# A caster's modes switched ten times a second, everything compared on three ranks.
+soak-modes: $(VENV)/.installed
+	$(PY) tests/modes_soak.py --seconds $(SOAK_SECONDS) $(ARGS)
 
 # In the environment without torch: what is looked at is ours, and imports faster.
 sanitize: $(CORE)/.installed
