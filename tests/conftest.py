@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import shmcast
 from child import Child, untidy
+from makers import Maker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,3 +198,18 @@ def child(namespace: str) -> Iterator[Callable[..., Child]]:
             errors.append(str(error))
     if errors:
         pytest.fail("\n".join(errors), pytrace=False)
+
+
+@pytest.fixture
+def group() -> Iterator[shmcast.Group]:
+    """This process alone, with an arena."""
+    with shmcast.Group(max_bytes="64MiB") as group:
+        yield group
+
+
+@pytest.fixture
+def maker() -> Iterator[Maker]:
+    """Whatever still waits in it when the test ends goes on."""
+    maker = Maker()
+    yield maker
+    maker.open_all()

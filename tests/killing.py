@@ -25,6 +25,7 @@ import struct
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -193,7 +194,7 @@ class Lab:
             names.unlink(names.segment_name(*found))
 
 
-class Role:
+class Role(ABC):
     """One operation, who does it, and what has to be true once that process is dead.
 
     Subclasses give `prepare` (everything up to the operation; sets `victim`), `operation` (runs in the victim, with
@@ -215,21 +216,21 @@ class Role:
         """Each of them is played with all its steps, as `variant`."""
         return [None]
 
+    @abstractmethod
     def prepare(self) -> tuple[object, ...]:
         """Before each case; returns the operation's arguments."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def operation(state: SimpleNamespace, *args: object) -> object:
         """In the victim, watched."""
-        raise NotImplementedError
 
     def meanwhile(self) -> None:
         """While the victim is at it: what others do."""
 
+    @abstractmethod
     def check(self, died: bool) -> None:
         """After the victim's death; Violation says what is wrong. ``died``: in the operation, else directly after it."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """Once, after all cases."""

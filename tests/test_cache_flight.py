@@ -30,13 +30,6 @@ def group() -> Iterator[shmcast.Group]:
         assert in_use(arena) == 0
 
 
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
-
-
 def cached(group: shmcast.Group, materialize: Callable[[Any], Any], **options: Any) -> Caster:
     return Caster(group, materialize, inline_bytes=0, cache_bytes="16MiB", **options)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -21,19 +21,6 @@ from ranks import in_use
 from shmcast import BackpressureError, Caster, GroupError, HandleError, MaterializeError, intake
 
 BOTH = pytest.mark.parametrize("executor", ["thread", "inline"])
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="64MiB") as group:
-        yield group
-
-
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
 
 
 # ---- one batch at once

@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,19 +29,6 @@ def broken(group: shmcast.Group) -> GroupError:
 
 
 # ---- one rank
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="16MiB") as group:
-        yield group
-
-
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
 
 
 def alone(group: shmcast.Group, materialize: Any, **options: Any) -> Caster:

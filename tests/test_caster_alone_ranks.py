@@ -40,7 +40,9 @@ def breaks(here: Rank, channel: str, how: str, raw_everywhere: bool, by: str, se
     mixed = Mixed(seed)
     found: list[Any] = []
     kind = ""
-    group = make_group(here, channel, timeout=0.5 if how == "late" else LONG_S)
+    # Over gloo nobody sees that another has given up before its own time is over.
+    timeouts = {"late": 0.5, "given up": LONG_S if channel == "auto" else 5.0}
+    group = make_group(here, channel, timeout=timeouts.get(how, LONG_S))
     caster = Caster(group, mixed, raw_everywhere=raw_everywhere, workers=2, mode="shm")
     submitted = 0
 
@@ -91,7 +93,8 @@ def breaks(here: Rank, channel: str, how: str, raw_everywhere: bool, by: str, se
         assert len(found) == submitted
     outcomes = caster.close()
     assert bool(outcomes) == bool(kind)
-    together(here)
+    if channel == "auto" or how != "given up":  # else gloo itself has given the connections up
+        together(here)
     group.close()
     return kind, found
 
@@ -129,14 +132,18 @@ def garbage(head: lockstep.Head) -> bytes:
     return b"no head"
 
 
-@pytest.mark.parametrize("by", ["step", "apply"])
-@pytest.mark.parametrize("how", ["given up", "garbage", "late"])
-@pytest.mark.parametrize("channel", ["auto", "group", "object"])
+# Without those in which what the test itself does goes over connections that gloo has given up by then.
+BREAKS = [
+    *[("auto", how, by) for how in ("given up", "garbage") for by in ("step", "apply")],
+    ("auto", "late", "step"),
+    *[(channel, "garbage", by) for channel in ("group", "object") for by in ("step", "apply")],
+    ("group", "given up", "step"),
+    ("object", "given up", "step"),
+]
+
+
+@pytest.mark.parametrize(("channel", "how", "by"), BREAKS)
 def test_all_go_on(ranks: Ranks, channel: str, how: str, by: str, seed: int) -> None:
-    if channel != "auto" and how != "garbage":
-        pytest.skip("who waits for a message over gloo does not see that another has given up meanwhile")
-    if by == "apply" and how == "late":
-        pytest.skip("a rank that does not come keeps the others in torch's broadcast")
     kind, found = all_the_same(ranks.run(breaks, channel, how, True, by, seed % 1000))
     assert kind == ""
     assert [int(rid) for rid, *_ in found[-10:]] == list(range(20, 30))

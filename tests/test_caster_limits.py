@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,6 @@ import shmcast
 from makers import LONG_S, MIB, Maker, all_ready, free, outcomes_of
 from ranks import in_use
 from shmcast import BackpressureError, Caster, GroupError, MaterializeError, caster, metrics
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="64MiB") as group:
-        yield group
-
-
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
 
 
 def raw(nbytes: int) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +17,6 @@ from shmcast import caster as caster_module
 from shmcast.attach import lease_of
 
 BOTH = pytest.mark.parametrize("executor", ["thread", "inline"])
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="64MiB") as group:
-        yield group
-
-
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
 
 
 # ---- materializations that take too long

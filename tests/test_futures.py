@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
@@ -14,19 +13,6 @@ import shmcast
 from makers import LONG_S, MIB, Maker, all_ready
 from ranks import in_use
 from shmcast import Caster, FutureCaster, GroupError, MaterializeError
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="16MiB") as group:
-        yield group
-
-
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
 
 
 def test_futures_are_done_in_steps(group: shmcast.Group, maker: Maker) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,6 @@ import pytest
 import shmcast
 from ranks import in_use
 from shmcast import ArenaFullError, Caster, inline, metrics
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="16MiB") as group:
-        yield group
 
 
 def copied(nbytes: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +11,6 @@ import shmcast
 from child import Link
 from shmcast import Caster, modes
 from shmcast.modes import Mode, Route, Way
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="16MiB") as group:
-        yield group
 
 
 @pytest.fixture(autouse=True)

@@ -40,13 +40,6 @@ class Watched:
             assert self._changed.wait_for(lambda: (what, serial) in self.heard, LONG_S)
 
 
-@pytest.fixture
-def maker() -> Iterator[Maker]:
-    maker = Maker()
-    yield maker
-    maker.open_all()
-
-
 class Made:
     """Replicas of a function, and who watches them."""
 

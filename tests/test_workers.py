@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,6 @@ from shmcast import Caster, MaterializeError, process, staff
 from shmcast.attach import lease_of
 
 TREES = ["tree", "list", "bytes", "none", *(["tensors"] if importlib.util.find_spec("torch") else [])]
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="64MiB") as group:
-        yield group
 
 
 def counters(group: shmcast.Group) -> dict[str, int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,12 +18,6 @@ from jobs import LONG_S, all_there, job, pids_of, right, staff_of
 from makers import free
 from ranks import in_use
 from shmcast import Caster, MaterializeError
-
-
-@pytest.fixture
-def group() -> Iterator[shmcast.Group]:
-    with shmcast.Group(max_bytes="64MiB") as group:
-        yield group
 
 
 def counters(group: shmcast.Group) -> dict[str, int]:
