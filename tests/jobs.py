@@ -48,6 +48,10 @@ def pids_of(caster: shmcast.Caster) -> list[int]:
     return sorted(workers_of(caster).pids)
 
 
+def counters(group: shmcast.Group) -> dict[str, int]:
+    return shmcast.metrics.snapshot(group)["counters"]
+
+
 def all_there(caster: shmcast.Caster, count: int) -> bool:
     """Wait until so many workers are ready and have nothing to do: who is lost is replaced in the background."""
     staff = staff_of(caster)

@@ -15,17 +15,13 @@ import pytest
 
 import jobs
 import shmcast
-from jobs import LONG_S, job, pids_of, right, same, staff_of, tree_of, tree_of_out
+from jobs import LONG_S, counters, job, pids_of, right, same, staff_of, tree_of, tree_of_out
 from makers import free
 from ranks import Patched, Rank, Ranks, in_use, settle
 from shmcast import Caster, MaterializeError, process, staff
 from shmcast.attach import lease_of
 
 TREES = ["tree", "list", "bytes", "none", *(["tensors"] if importlib.util.find_spec("torch") else [])]
-
-
-def counters(group: shmcast.Group) -> dict[str, int]:
-    return shmcast.metrics.snapshot(group)["counters"]
 
 
 def cast(caster: Caster, *raws: Any) -> list[shmcast.Outcome]:

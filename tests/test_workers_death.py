@@ -14,14 +14,10 @@ import pytest
 import jobs
 import shmcast
 from child import Child, Link
-from jobs import LONG_S, all_there, job, pids_of, right, staff_of
+from jobs import LONG_S, all_there, counters, job, pids_of, right, staff_of
 from makers import free
 from ranks import in_use
 from shmcast import Caster, MaterializeError
-
-
-def counters(group: shmcast.Group) -> dict[str, int]:
-    return shmcast.metrics.snapshot(group)["counters"]
 
 
 def loss(outcome: shmcast.Outcome) -> str:
